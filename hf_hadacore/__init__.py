@@ -1,0 +1,14 @@
+"""HadaCore: int4 weights and rotated 8-bit attention for Hugging Face Transformers.
+
+Importing this package registers the "hadacore" quantization method with transformers.
+"""
+
+from . import compat, errors
+from ._version import __version__
+from .config import QUANT_METHOD, HadaCoreConfig
+from .linear import HadaCoreLinear
+from .quantizer import HadaCoreHfQuantizer
+
+__all__ = ["HadaCoreConfig", "HadaCoreHfQuantizer", "HadaCoreLinear", "__version__", "errors"]
+
+compat.register(QUANT_METHOD, HadaCoreConfig, HadaCoreHfQuantizer)

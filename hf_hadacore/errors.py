@@ -1,0 +1,30 @@
+"""The typed errors of hf_hadacore.
+
+Every error derives from `HadaCoreError` and from the builtin that a caller would
+expect (`ValueError`, `RuntimeError`, ...), so both `except` clauses work. Messages
+name the tensor, layer, file or option, what was found and what would be right.
+"""
+
+
+class HadaCoreError(Exception):
+    """Root of every error that hf_hadacore raises on purpose."""
+
+
+class ConfigError(HadaCoreError, ValueError):
+    """An option of `HadaCoreConfig` is unknown, has a wrong type or an unusable value."""
+
+
+class UnsupportedError(HadaCoreError, NotImplementedError):
+    """What was asked for is valid but not supported here (yet)."""
+
+
+class FormatError(HadaCoreError, ValueError):
+    """A tensor does not follow the int4 format (see `hf_hadacore.int4`)."""
+
+
+class QuantizationError(HadaCoreError, ValueError):
+    """A weight cannot be quantized: NaN or infinite values, or scales beyond the dtype."""
+
+
+class CheckpointError(HadaCoreError, RuntimeError):
+    """A checkpoint is missing files or tensors, is truncated, or contradicts its config."""

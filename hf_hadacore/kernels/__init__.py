@@ -1,0 +1,1 @@
+"""Kernels: one file per operation, each with a pure-torch reference behind the fast versions."""
