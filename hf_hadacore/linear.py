@@ -157,7 +157,7 @@ class HadaCoreLinear(nn.Linear):
         )
 
     def _decodes_on_cpu(self, input: torch.Tensor) -> bool:
-        """Whether torch's int4 CPU kernel is the right one: it is fast for few bf16 rows, without a backward."""
+        """Whether torch's int4 CPU kernel is the right one: fast for few bf16 rows, no backward."""
         return (
             input.device.type == "cpu"
             and input.dtype == torch.bfloat16

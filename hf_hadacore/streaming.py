@@ -8,8 +8,10 @@ Parameter is ever in memory.
 """
 
 import copy
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +146,7 @@ class SourceModel:
             CheckpointError: transformers could not convert the tensors.
         """
         self._quantizer.records.clear()
+        _return_freed_memory()
         with self._open(unit) as tensors:
             info = compat.load_tensors(self.model, self._loading, tensors, self._device)
             loaded = _take_loaded(self.model)
@@ -287,6 +290,22 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
         if f"{name}_scale" in tensors:
             self.records.append(_record(model, name, value, tensors))
         return tensors
+
+
+def _return_freed_memory() -> None:
+    """Give freed blocks back to the system (glibc keeps them, and a long run would grow by what it keeps)."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's `malloc_trim`, or None with another C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def _as_key(key: str, sources: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import int4
+
 # One K block is one group, so that its scale multiplies a whole partial product.
 _GROUP_BLOCKS = {32: 32, 64: 64, 128: 128, -1: 128}
 
@@ -96,11 +98,11 @@ def launch(
         scale.contiguous(),
         zero if zero is None else zero.contiguous(),
         input_perm,
-        bias,
+        bias if split_k == 1 else None,
         partials,
         m,
         n,
-        k,
+        k // int4.NIBBLES_PER_WORD,
         num_n,
         triton.cdiv(blocks, split_k),
         x.stride(0),
@@ -110,7 +112,6 @@ def launch(
         BM=schedule.block_m,
         BN=schedule.block_n,
         BK=block_k,
-        IS_SPLIT=split_k > 1,
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
     )
@@ -121,7 +122,12 @@ def launch(
         )
 
 
-@triton.jit
+# Sizes that are not specialised on, so that a new shape seldom means a new kernel. `words` and the strides of
+# x are: whether they are multiples of 16 or 1 decides how wide the loads can be.
+_RUNTIME_SIZES = ["M", "N", "num_n", "blocks_per_split", "groups"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def _w4a16_kernel(
     p_x,
     p_packed,
@@ -132,7 +138,7 @@ def _w4a16_kernel(
     p_out,
     M,
     N,
-    K,
+    words,
     num_n,
     blocks_per_split,
     s_xm,
@@ -142,9 +148,10 @@ def _w4a16_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
 ):
-    """out[i_k] = (W x^T)^T over one slice of K; x [M, K], packed [N, K/8], scale and zero [N, groups].
+    """out[i_k] = (W x^T)^T over one slice of K.
+
+    x [M, K], packed [N, words = K/8], scale and zero [N, groups].
 
     The product is transposed so that the weights stand on the wide side of the matrix instruction and few
     tokens cost little. ``q - z`` is exact in 16 bits; the scale multiplies fp32 sums over a block, which lies
@@ -159,16 +166,15 @@ def _w4a16_kernel(
     # Rows of x, weights and results may lie beyond 2^31 elements.
     o_n64 = o_n.to(tl.int64)
     o_m64 = o_m.to(tl.int64)
-    words = K // 8
     o_shift = tl.arange(0, 8) * 4
 
     b_acc = tl.zeros((BN, BM), dtype=tl.float32)
     first = i_k * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BK))
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(words, BK // 8))
     for i_block in range(first, last):
         o_word = i_block * (BK // 8) + tl.arange(0, BK // 8)
         o_k = i_block * BK + tl.arange(0, BK)
-        m_k = o_k < K
+        m_k = o_k < words * 8
         b_words = tl.load(
             p_packed + o_n64[:, None] * words + o_word[None, :],
             mask=m_n[:, None] & (o_word < words)[None, :],
@@ -195,13 +201,13 @@ def _w4a16_kernel(
         # [BN, BK] @ [BK, BM] -> [BN, BM]
         b_acc += tl.dot(b_q.to(b_x.dtype), b_x) * b_scale[:, None]
 
-    if p_bias is not None and not IS_SPLIT:
+    if p_bias is not None:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     o_out = (i_k.to(tl.int64) * M + o_m64)[None, :] * N + o_n64[:, None]
     tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _reduce_kernel(p_partials, p_bias, p_out, size, N, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
     """out = sum of partials [SPLIT_K, size] in ascending order, plus bias; size = M N."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
