@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,7 +119,7 @@ def check_repeats() -> dict[str, Any]:
     x = torch.randn(m, k, device="cuda", dtype=torch.float16)
     schedule = w4a16_triton.choose_schedule(m, n, k, 128, x.device)
     assert schedule.split_k > 1
-    run = lambda: w4a16_linear(x, *weight[:3], group_size=128)  # noqa: E731
+    run = partial(w4a16_linear, x, *weight[:3], group_size=128)
     first = run()
     identical = all(torch.equal(run(), first) for _ in range(REPEATS))
     return {"repeats": REPEATS, "split_k": schedule.split_k, "bit_identical": identical}
@@ -178,10 +179,10 @@ def time_shape(n: int, k: int, m: int, copy_bandwidth: float) -> dict[str, Any]:
     copies = max(2, -(-4 * L2_BYTES // (n * k // 2)))
     x = torch.randn(m, k, device="cuda", dtype=torch.float16)
     weights = [random_weight(n, k, 128, False, torch.float16) for _ in range(copies)]
-    ours = graph_time([lambda w=w: w4a16_linear(x, *w[:3], group_size=128) for w in weights])
+    ours = graph_time([partial(w4a16_linear, x, *w[:3], group_size=128) for w in weights])
     del weights
     dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(max(2, copies // 4))]
-    cublas = graph_time([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+    cublas = graph_time([partial(torch.nn.functional.linear, x, w) for w in dense])
     groups = n * (k // 128)
     moved = n * k // 2 + 3 * groups + 2 * m * (n + k)
     floor = moved / copy_bandwidth * 1e6

@@ -32,6 +32,33 @@ def exact_product(
     return exact if bias is None else exact + bias.double()
 
 
+def is_within_bounds(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: Int4Weight,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    product_roundoff: float,
+) -> bool:
+    """Whether every element obeys the worst case of rounding; for results too small to have an average.
+
+    The result is rounded once to its dtype, and each term x w (and the bias) carries a relative error of at
+    most `product_roundoff`, on top of what K additions in fp32 cost.
+    """
+    exact = exact_product(x, weight, perm, bias)
+    inputs = x.double().abs() if perm is None else x.double().abs().index_select(-1, perm)
+    magnitude = inputs @ weight.dequantize(torch.float64).abs().T
+    magnitude += 0 if bias is None else bias.double().abs()
+    roundoff = torch.finfo(y.dtype).eps / 2
+    per_term = product_roundoff + (x.shape[-1] + 4) * 2.0**-24
+    # fp16 results near zero are rounded to a fixed step instead of a relative one.
+    bound = (
+        1.01 * (roundoff * exact.abs() + per_term * magnitude)
+        + torch.finfo(y.dtype).smallest_normal * roundoff
+    )
+    return bool(((y.double() - exact).abs() <= bound).all())
+
+
 def in_floors(y: torch.Tensor, exact: torch.Tensor) -> float:
     """The relative L2 error of y in multiples of the error of rounding the exact result once."""
     if exact.numel() == 0:

@@ -22,8 +22,9 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], **optio
     Args:
         capability: of the GPU.
         kernel: a `triton.jit` function.
-        arguments: every argument by name, in order: a dtype stands for a tensor (aligned to 16 bytes, as
-            torch's are), "i32" and "i32:16" for sizes that are unknown or multiples of 16, anything else is a constant.
+        arguments: every argument by name, in order. A dtype stands for a tensor (aligned to 16 bytes, as
+            torch's are), "i32" and "i32:16" for sizes that are unknown or multiples of 16; anything else
+            is a constant.
         options: num_warps and num_stages.
     """
     signature, constants, attributes = {}, {}, {}

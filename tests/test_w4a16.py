@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import exact_product, in_floors, random_weight
+from kernel_helpers import exact_product, in_floors, is_within_bounds, random_weight
 from torch.library import opcheck
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4
@@ -48,8 +48,7 @@ def test_reference_rounds_once(problem):
     x, weight, perm, bias = problem
     y = w4a16_linear_reference(x, *weight[:3], perm, bias, weight.group_size)
     assert y.shape == (*x.shape[:-1], weight.packed.shape[0]) and y.dtype == x.dtype
-    limit = MAX_FLOORS.get(x.dtype, 1.1)
-    assert in_floors(y, exact_product(x, weight, perm, bias)) <= limit
+    assert is_within_bounds(y, x, weight, perm, bias, product_roundoff=0)
 
 
 @given(problems())
@@ -58,15 +57,20 @@ def test_op_on_the_cpu(problem):
     x, weight, perm, bias = problem
     y = w4a16_linear(x, *weight[:3], perm, bias, group_size=weight.group_size)
     assert y.shape == (*x.shape[:-1], weight.packed.shape[0]) and y.dtype == x.dtype
-    exact = exact_product(x, weight, perm, bias)
-    if x.dtype == torch.bfloat16:
-        # Every weight is rounded to bf16, the bias and the result too: a bound that nothing may pass.
-        inputs = (x if perm is None else x.index_select(-1, perm)).double().abs()
-        magnitude = inputs @ weight.dequantize(torch.float64).abs().T + exact.abs()
-        magnitude += 0 if bias is None else bias.double().abs()
-        assert ((y.double() - exact).abs() <= 1.02 * 2.0**-8 * magnitude).all()
-    else:
-        assert in_floors(y, exact) <= MAX_FLOORS[x.dtype]
+    # Products in bf16 round the weights and the bias first, and may round before the bias is added.
+    roundoff = 2.0**-7.5 if x.dtype == torch.bfloat16 else 0
+    assert is_within_bounds(y, x, weight, perm, bias, roundoff)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_errors_in_floors(dtype):
+    weight = random_weight(256, 576, 64, False, dtype)
+    x, bias = torch.randn(33, 576).to(dtype), torch.randn(256).to(dtype)
+    exact = exact_product(x, weight, None, bias)
+    limit = MAX_FLOORS.get(dtype, 1.1)
+    assert in_floors(w4a16_linear_reference(x, *weight[:3], None, bias, 64), exact) <= limit
+    limit = MAX_FLOORS.get(dtype, MAX_FLOORS_BF16_CPU)
+    assert in_floors(w4a16_linear(x, *weight[:3], None, bias, group_size=64), exact) <= limit
 
 
 @given(problems())
