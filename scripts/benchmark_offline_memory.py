@@ -54,8 +54,14 @@ OUTER_SHAPES = {
 }
 
 
-def make_checkpoint(folder: Path, layers: int) -> None:
-    """Write a random Llama checkpoint, one file per layer, holding one tensor's layer at a time."""
+def make_checkpoint(folder: Path, layers: int, device: str = "cpu") -> None:
+    """Write a random Llama checkpoint, one file per layer, holding one layer at a time.
+
+    Args:
+        folder: to be made.
+        layers: decoder layers.
+        device: where the numbers are drawn.
+    """
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -74,11 +80,13 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     for layer in range(layers):
         files.append({f"model.layers.{layer}.{name}": shape for name, shape in LAYER_SHAPES.items()})
     weight_map = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for number, shapes in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {
-            f"{name}.weight": torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            f"{name}.weight": torch.empty(shape, dtype=torch.bfloat16, device=device)
+            .normal_(0, 0.02, generator=generator)
+            .cpu()
             for name, shape in shapes.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})

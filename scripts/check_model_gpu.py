@@ -19,7 +19,7 @@ import torch
 import transformers
 import triton
 import typer
-from random_checkpoint import LLAMA_3_8B, write_random_checkpoint
+from benchmark_offline_memory import make_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_hadacore
@@ -78,7 +78,7 @@ def main(
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         source, saved = Path(temporary) / "bf16", Path(temporary) / "int4"
-        write_random_checkpoint(source, LLAMA_3_8B, layers=layers, device="cuda")
+        make_checkpoint(source, layers, device="cuda")
         ids = torch.arange(100, 164, device="cuda")[None]
 
         model, results["int4"] = load(source, quantization_config=HadaCoreConfig())
