@@ -16,6 +16,14 @@ FORMAT_VERSION = 1
 
 _METHODS = ("rtn", "gptq")
 _ATTENTION_MODES = ("fp8", "int8-fp8")
+_BOOL_OPTIONS = (
+    "symmetric",
+    "act_order",
+    "add_default_skips",
+    "quantize_lm_head",
+    "dequantize",
+    "cuda_graphs",
+)
 _OVERRIDE_OPTIONS = ("group_size", "symmetric", "skip")
 _MAX_PATTERN_LENGTH = 256
 
@@ -57,6 +65,8 @@ class HadaCoreConfig(QuantizationConfigMixin):
         quantize_lm_head: quantize the output head too. A head that is tied to the embedding is
             untied: the embedding stays in full precision and the head gets its own int4 weight.
         dequantize: load a quantized checkpoint as an ordinary full-precision model.
+        cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
+            `hf_hadacore.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.
         quant_method: always "hadacore"; written for you.
 
@@ -78,6 +88,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         overrides: dict[str, dict[str, Any]] | None = None,
         quantize_lm_head: bool = False,
         dequantize: bool = False,
+        cuda_graphs: bool = True,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -97,6 +108,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.overrides = {} if overrides is None else overrides
         self.quantize_lm_head = quantize_lm_head
         self.dequantize = dequantize
+        self.cuda_graphs = cuda_graphs
         self.validate()
 
     def validate(self) -> None:
@@ -120,7 +132,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         if self.bits != 4:
             raise ConfigError(f"bits must be 4, got {self.bits}")
         _check_group_size("group_size", self.group_size)
-        for option in ("symmetric", "act_order", "add_default_skips", "quantize_lm_head", "dequantize"):
+        for option in _BOOL_OPTIONS:
             _check_bool(option, getattr(self, option))
         _check_choice("method", self.method, _METHODS)
         if self.attention is not None:
@@ -210,7 +222,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a user may change when loading a quantized checkpoint."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "cuda_graphs": self.cuda_graphs}
 
 
 _OPTIONS = tuple(name for name in HadaCoreConfig.__init__.__annotations__ if name != "unknown")

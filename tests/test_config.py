@@ -14,6 +14,7 @@ VALID = [
     {"group_size": 32, "modules_to_not_convert": ["model.layers.0"], "add_default_skips": False},
     {"overrides": {r"layers\.(0|1)\..*proj": {"group_size": 64, "symmetric": True}, "up": {"skip": True}}},
     {"quantize_lm_head": True, "dequantize": True},
+    {"cuda_graphs": False},
 ]
 
 
@@ -41,6 +42,7 @@ def test_saved_form_spells_every_value_out():
         "overrides": {},
         "quantize_lm_head": False,
         "dequantize": False,
+        "cuda_graphs": True,
     }
 
 
@@ -57,6 +59,7 @@ def test_saved_form_spells_every_value_out():
         ({"group_size": 128.0}, "group_size must be an integer, got 128.0"),
         ({"group_size": None}, "group_size must be an integer"),
         ({"symmetric": 1}, "symmetric must be True or False, got 1"),
+        ({"cuda_graphs": "on"}, "cuda_graphs must be True or False, got 'on'"),
         ({"symmetric": "false"}, "symmetric must be True or False"),
         ({"method": "awq"}, r"method must be one of \('rtn', 'gptq'\)"),
         ({"method": ["rtn"]}, "method must be one of"),
