@@ -12,6 +12,7 @@ from . import compat, int4, integrity
 from .config import HadaCoreConfig
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
 from .experts import HadaCoreExperts, dequantize_experts, swap_experts
+from .generation import disable_cuda_graphs, enable_cuda_graphs
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
 from .solvers.rtn import quantize_weight
@@ -203,6 +204,8 @@ class HadaCoreHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, HadaCoreLinear) and not module.weight.is_meta:
                 module.prepare()
+        if self.quantization_config.cuda_graphs:
+            enable_cuda_graphs(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -220,6 +223,7 @@ class HadaCoreHfQuantizer(HfQuantizer):
             else:
                 _replace_module(model, name, module.dequantize(resolved))
         compat.restore_converters(model)
+        disable_cuda_graphs(model)
         return model
 
     def is_serializable(self) -> bool:

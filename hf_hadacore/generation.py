@@ -1,0 +1,452 @@
+"""Decoding with one CUDA graph per step, inside transformers' own `generate`.
+
+`enable_cuda_graphs` binds five of the methods that `generate` calls on its model. They give it a
+`DecodeCache` and, where transformers would `torch.compile` the forward pass for decoding (a minute or
+more), a function that captures it in a CUDA graph at the second step and replays it from then on. Logits
+processing, sampling, stopping and streaming stay transformers' own, and what cannot be served takes the
+ordinary path.
+"""
+
+import itertools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput, is_flash_attention_requested
+
+from .decode_cache import DecodeCache, DecodeLayer, decode_layers
+
+logger = logging.get_logger(__name__)
+
+# One per shape of the inputs, and per state of a sliding window; more than a `generate` loop goes through.
+_MAX_GRAPHS = 4
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_HOOKS = (
+    "_prepare_cache_for_generation",
+    "_valid_auto_compile_criteria",
+    "_optimize_model_for_decode",
+    "get_compiled_call",
+    "create_masks_for_generate",
+)
+
+Capture = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
+
+
+def enable_cuda_graphs(model: PreTrainedModel) -> None:
+    """Let `model.generate` decode with CUDA graphs.
+
+    Works for any decoder-only model of transformers that can be compiled in one graph, quantized or not; for
+    others it changes nothing. The key/value buffers and graphs of the last `generate` call are kept for the
+    next one; `disable_cuda_graphs` frees them.
+
+    Args:
+        model: loaded.
+    """
+    if isinstance(model, GenerationMixin) and all(
+        getattr(type(model), hook) is getattr(base, hook, None)
+        for hook in (*_HOOKS[:4], "_sample", "generate")
+        for base in (GenerationMixin if hasattr(GenerationMixin, hook) else PreTrainedModel,)
+    ):
+        graphs = DecodeGraphs(model)
+        for hook in _HOOKS:
+            setattr(model, hook, getattr(graphs, hook))
+
+
+def disable_cuda_graphs(model: PreTrainedModel) -> None:
+    """Undo `enable_cuda_graphs` and free what was kept.
+
+    Args:
+        model: enabled or not.
+    """
+    for hook in _HOOKS:
+        model.__dict__.pop(hook, None)
+
+
+def capture_cuda_graph(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record the kernels that a function launches.
+
+    Args:
+        function: run once before, so that nothing is compiled or loaded during the capture.
+        device: on which it runs.
+
+    Returns:
+        A function that launches the kernels again on the same addresses, and what the function returned:
+        tensors that each replay overwrites.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(device),
+        # A thread that reads a streamer's queue or loads data must not void the capture.
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
+        output = function()
+    return graph.replay, output
+
+
+class DecodeGraphs:
+    """The hooks of one model, and what is kept between `generate` calls.
+
+    Args:
+        model: held by a weak reference, so that deleting it frees its memory at once.
+
+    Attributes:
+        capture: makes a graph of a function.
+        device_types: where graphs are used.
+    """
+
+    capture: Capture = staticmethod(capture_cuda_graph)
+    device_types: tuple[str, ...] = ("cuda",)
+
+    def __init__(self, model: PreTrainedModel):
+        self._model_reference = weakref.ref(model)
+        self._session: _Session | None = None
+        self._last_cache: Callable[[], DecodeCache | None] = lambda: None
+        self._failure: str | None = None
+        # `generate` may run in several threads; each has its own cache.
+        self._thread = threading.local()
+
+    # Copies and pickles of a model get hooks of their own.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeGraphs":
+        return type(self)(memo.get(id(self._model), self._model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model,)
+
+    @property
+    def _model(self) -> Any:
+        model = self._model_reference()
+        assert model is not None, "a hook was called without its model"
+        return model
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Hook: put a cache into `model_kwargs`."""
+        model = self._model
+        self._thread.cache = lambda: None
+        if self._is_wanted(generation_config):
+            obstacle = self._obstacle(generation_config, model_kwargs, generation_mode)
+            if obstacle is None:
+                cache = self._new_cache(max_cache_length, bool(generation_config.return_dict_in_generate))
+                model_kwargs["past_key_values"] = cache
+                return
+            logger.warning_once(f"HadaCore: generating without CUDA graphs, which is slower: {obstacle}")
+        type(model)._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _is_wanted(self, generation_config: GenerationConfig) -> bool:
+        """Whether the user has not asked for something else."""
+        return (
+            self._model.device.type in self.device_types
+            and not generation_config.disable_compile
+            and generation_config.compile_config is None
+            and generation_config.cache_implementation in (None, "static")
+            and generation_config.use_cache is not False
+        )
+
+    def _obstacle(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: GenerationMode
+    ) -> str | None:
+        """Why this call cannot use graphs, if so."""
+        if generation_config.is_assistant or mode not in _MODES:
+            kind = "assisted generation" if generation_config.is_assistant else mode.value.replace("_", " ")
+            return f"{kind} is not supported"
+        if generation_config.output_attentions or generation_config.output_hidden_states:
+            return "output_attentions and output_hidden_states are not supported"
+        if model_kwargs.get("past_key_values") is not None:
+            return "past_key_values was given"
+        return self._failure or model_obstacle(self._model)
+
+    def _new_cache(self, limit: int, keep: bool) -> DecodeCache:
+        model = self._model
+        fingerprint = _fingerprint(model)
+        session = self._session
+        # A cache that is still in use (another thread, a custom loop that has kept it) keeps its session.
+        if session is None or session.fingerprint != fingerprint or _in_use(self._last_cache()):
+            layers = decode_layers(model.config)
+            assert layers is not None, "checked by model_obstacle"
+            self._session = session = _Session(layers, fingerprint)
+        cache = DecodeCache(session.layers, limit=limit, keep=keep)
+        cache.session = session  # type: ignore[attr-defined]
+        self._last_cache = self._thread.cache = weakref.ref(cache)
+        return cache
+
+    def _valid_auto_compile_criteria(
+        self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+    ) -> bool:
+        """Hook: whether `get_compiled_call` is asked for."""
+        if isinstance(model_kwargs.get("past_key_values"), DecodeCache):
+            return True
+        return type(self._model)._valid_auto_compile_criteria(self._model, model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., ModelOutput]:
+        """Hook: the forward pass for decoding."""
+        if self._current_cache() is not None:
+            return self._step
+        return type(self._model).get_compiled_call(self._model, compile_config)
+
+    def _current_cache(self) -> DecodeCache | None:
+        cache = getattr(self._thread, "cache", lambda: None)()
+        return cache if _in_use(cache) else None
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Iterator[None]:
+        """Hook: entered after prefill, left after the last token."""
+        model, cache = self._model, self._current_cache()
+        with type(model)._optimize_model_for_decode(model):
+            if cache is None:
+                yield
+                return
+            cache.start_decoding()
+            try:
+                yield
+            finally:
+                cache.finish(model.config)
+
+    def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hook: 4-D masks for a forward pass.
+
+        In decoding they are left to the model, and so become part of the graph, except where a graph cannot
+        make them: a sliding window's depend on a number that only Python knows, those of eager attention are
+        filled from the host.
+        """
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, DecodeCache) and cache.is_decoding:
+            cache.make_room()
+            if not any(cache.is_sliding) and self._model.config._attn_implementation != "eager":
+                return kwargs["attention_mask"]
+        create = getattr(type(self._model), "create_masks_for_generate", create_masks_for_generate)
+        return create(*args, **kwargs)
+
+    def _step(self, **inputs: Any) -> ModelOutput:
+        """The forward pass: a graph's, if it is a decoding step, else the model's own (chunked prefill)."""
+        model = self._model
+        cache = inputs.pop("past_key_values")
+        if not cache.is_decoding:
+            return model(past_key_values=cache, **inputs)
+        cache.make_room()
+        session: _Session = cache.session
+        try:
+            graph = session.graph(inputs)
+        except _UnsupportedInput as error:
+            self._fail(f"the model's inputs have {error}")
+        else:
+            capture = type(self).capture if self._failure is None else None
+            try:
+                return graph.run(model, cache, inputs, capture)
+            except _CaptureError as error:
+                self._fail(f"the model cannot be captured: {error}")
+        return _forward(model, cache, inputs)
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
+            logger.warning_once(f"HadaCore: generating without CUDA graphs, which is slower: {reason}")
+
+
+def _in_use(cache: Any) -> bool:
+    # One that was kept has become a DynamicCache.
+    return isinstance(cache, DecodeCache) and cache.in_use
+
+
+def model_obstacle(model: Any) -> str | None:
+    """Why a model cannot decode with CUDA graphs.
+
+    Args:
+        model: loaded.
+
+    Returns:
+        None if nothing speaks against it.
+    """
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder models are not supported"
+    if model.training:
+        return "the model is in training mode"
+    if not model._can_compile_fullgraph or decode_layers(model.config) is None:
+        return f"{type(model).__name__} is not supported"
+    if is_flash_attention_requested(model.config) or model.config._attn_implementation == "flex_attention":
+        return f"attn_implementation={model.config._attn_implementation!r} is not supported; use 'sdpa'"
+    if "forward" in model.__dict__ or model._compiled_call_impl is not None:
+        return "the model's forward was replaced, by torch.compile or a hook"
+    if len(set(getattr(model, "hf_device_map", {"": None}).values())) > 1:
+        return "the model is on several devices"
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return "tensor parallelism is not supported"
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"{name or 'the model'} is offloaded"
+        if peft is not None and isinstance(module, peft.BaseTunerLayer):
+            return "adapters are not supported; merge them first"
+        if any(map(_is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+            return f"{name or 'the model'} has a forward hook, which a graph would not run"
+    return None
+
+
+def _is_foreign(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook may do more than launch kernels (transformers' record outputs when asked to)."""
+    return not (getattr(hook, "__module__", None) or "").startswith(("transformers.", f"{__package__}."))
+
+
+def _fingerprint(model: Any) -> tuple[Any, ...]:
+    """What a graph depends on besides its inputs: a change of it makes captured graphs void."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return (
+        model.config._attn_implementation,
+        # Tensors made in inference mode cannot be written outside of it.
+        torch.is_inference_mode_enabled(),
+        # In-place changes count too: an int4 layer may keep its weight in another order as well.
+        tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors),
+    )
+
+
+def _forward(model: Any, cache: DecodeCache, inputs: dict[str, Any]) -> ModelOutput:
+    """One decoding step, run or captured."""
+    output = model(past_key_values=cache, **inputs)
+    cache.progress.position.add_(1)
+    return output
+
+
+class _UnsupportedInput(Exception):
+    """An argument of the forward pass that is neither a tensor nor a plain value."""
+
+
+class _CaptureError(Exception):
+    """A step could not be captured."""
+
+
+class _Session:
+    """Buffers and the graphs that were captured on them.
+
+    Args:
+        layers: with the key/value buffers.
+        fingerprint: of the model.
+    """
+
+    def __init__(self, layers: list[DecodeLayer], fingerprint: tuple[Any, ...]):
+        self.layers = layers
+        self.fingerprint = fingerprint
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._allocations = 0
+
+    def graph(self, inputs: dict[str, Any]) -> "_Graph":
+        """The graph for inputs of this kind."""
+        progress = self.layers[0].progress
+        if self._allocations != progress.allocations:
+            self._graphs.clear()
+            self._allocations = progress.allocations
+        full = tuple(layer.is_full for layer in self.layers if layer.is_sliding)
+        key = (full, *(_describe(name, value) for name, value in inputs.items()))
+        if key not in self._graphs:
+            if len(self._graphs) == _MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = _Graph(inputs, self.layers[0].capacity)
+        return self._graphs[key]
+
+
+def _describe(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor):
+        # A 2-D mask covers the tokens so far and is read from a buffer that covers the cache's capacity.
+        shape = value.shape[:1] if name == "attention_mask" and value.dim() == 2 else value.shape
+        return name, shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return name, *(_describe(f"{name}.{key}", item) for key, item in value.items())
+    if value is None or isinstance(value, bool | int | float | str):
+        return name, value
+    raise _UnsupportedInput(f"{name} of type {type(value).__name__}")
+
+
+class _Graph:
+    """A decoding step for inputs of one kind: run as it is the first time, then captured, then replayed.
+
+    Args:
+        inputs: of the forward pass, without the cache; tensors are read from buffers of this object.
+        capacity: of the cache.
+    """
+
+    def __init__(self, inputs: dict[str, Any], capacity: int):
+        self._inputs: dict[str, Any] = {}
+        for name, value in inputs.items():
+            if isinstance(value, dict):
+                self._inputs[name] = {key: _buffer(item) for key, item in value.items()}
+            elif name == "attention_mask" and value is not None and value.dim() == 2:
+                self._inputs[name] = value.new_zeros(value.shape[0], capacity)
+            else:
+                self._inputs[name] = _buffer(value)
+        self._is_warm = False
+        self._replay: Callable[[], None] | None = None
+        self._output_class: type[ModelOutput] = ModelOutput
+        self._output: dict[str, torch.Tensor] = {}
+
+    def run(
+        self, model: Any, cache: DecodeCache, inputs: dict[str, Any], capture: Capture | None
+    ) -> ModelOutput:
+        """One step.
+
+        Args:
+            model: whose forward pass it is.
+            cache: in decoding.
+            inputs: of the kind that the graph was made for.
+            capture: makes the graph; None to go without.
+
+        Returns:
+            The model's output; its tensors are not touched by later steps.
+
+        Raises:
+            _CaptureError: nothing was run.
+        """
+        self._copy_in(inputs)
+        if self._replay is None and (capture is None or not self._is_warm):
+            self._is_warm = True
+            return _forward(model, cache, self._inputs)
+        if self._replay is None:
+            assert capture is not None
+            self._capture(model, cache, capture)
+        else:
+            for layer in cache.layers:
+                layer.length += 1
+        assert self._replay is not None
+        self._replay()
+        outputs = {name: value.clone() for name, value in self._output.items()}
+        return self._output_class(past_key_values=cache, **outputs)
+
+    def _capture(self, model: Any, cache: DecodeCache, capture: Capture) -> None:
+        lengths = [layer.length for layer in cache.layers]
+        try:
+            self._replay, output = capture(lambda: _forward(model, cache, self._inputs), model.device)
+        except Exception as error:
+            for layer, length in zip(cache.layers, lengths, strict=True):
+                layer.length = length
+            raise _CaptureError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        self._output_class = type(output)
+        self._output = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+    def _copy_in(self, inputs: dict[str, Any]) -> None:
+        for name, value in inputs.items():
+            buffer = self._inputs[name]
+            if isinstance(value, torch.Tensor):
+                if buffer.shape != value.shape:
+                    buffer = buffer[:, : value.shape[1]]
+                buffer.copy_(value)
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    if isinstance(item, torch.Tensor):
+                        buffer[key].copy_(item)
+
+
+def _buffer(value: Any) -> Any:
+    return torch.empty_like(value, memory_format=torch.contiguous_format) if torch.is_tensor(value) else value
