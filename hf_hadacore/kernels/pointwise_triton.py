@@ -32,6 +32,11 @@ def _launch_options(device: torch.device) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
 
 
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n: Triton's own takes longer than a launch should."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @triton.jit
 def _prefetch(p_values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Ask for SIZE 16-bit (or wider) values to be brought to L2; BLOCK >= SIZE is a power of two."""
@@ -140,9 +145,9 @@ def rms_norm(
     n = x.shape[-1]
     rows = x.numel() // n
     x, inner, s_outer, s_inner = _as_rows(x)
-    block = triton.next_power_of_2(n)
+    block = _power_of_2(n)
     per_program = max(1, 1024 // block)
-    _rms_norm_kernel[(triton.cdiv(rows, per_program),)](
+    _rms_norm_kernel[(-(-rows // per_program),)](
         x,
         residual if residual is None else residual.contiguous(),
         weight.contiguous(),
@@ -211,7 +216,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, is_gelu: bool, out: t
     if inner != 1:
         up, s_up = up.contiguous(), n
     block = 1024
-    blocks = triton.cdiv(n, block)
+    blocks = -(-n // block)
     _gated_activation_kernel[(out.numel() // n * blocks,)](
         gate,
         up,
@@ -356,11 +361,13 @@ def _rope_kernel(
         tl.store(p_values + o_out + D // 2, b_v_hi, mask=m_k)
 
 
-def _with_adjacent_heads(x: torch.Tensor) -> torch.Tensor:
-    """``[B, T, heads, D]`` with the heads of a token adjacent; a copy only where they are not."""
-    _, _, heads, d = x.shape
-    is_adjacent = x.stride(3) == 1 and (heads == 1 or x.stride(2) == d)
-    return x if is_adjacent else x.contiguous()
+def _as_heads(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """``[B, T, heads, D]`` with the heads of a token adjacent (a copy only where they are not), s_b, s_t."""
+    strides = x.stride()
+    if strides[3] != 1 or (strides[2] != x.shape[3] and x.shape[2] != 1):
+        x = x.contiguous()
+        strides = x.stride()
+    return x, strides[0], strides[1]
 
 
 def rope(
@@ -395,8 +402,11 @@ def rope(
     if batch * tokens == 0:
         return
     kv_heads = k.shape[2]
-    q, k = _with_adjacent_heads(q), _with_adjacent_heads(k)
-    v = v if v is None else _with_adjacent_heads(v)
+    q, s_qb, s_qt = _as_heads(q)
+    k, s_kb, s_kt = _as_heads(k)
+    s_vb = s_vt = 0
+    if v is not None:
+        v, s_vb, s_vt = _as_heads(v)
     elements = (q_heads + 2 * kv_heads) * d
     _rope_kernel[(batch * tokens,)](
         q,
@@ -412,20 +422,20 @@ def rope(
         position,
         tokens,
         keys.shape[2],
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        0 if v is None else v.stride(0),
-        0 if v is None else v.stride(1),
+        s_qb,
+        s_qt,
+        s_kb,
+        s_kt,
+        s_vb,
+        s_vt,
         tokens * d if cos.shape[0] > 1 else 0,
         eps,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         D=d,
-        Q_BLOCK=triton.next_power_of_2(q_heads),
-        KV_BLOCK=triton.next_power_of_2(kv_heads),
-        D_BLOCK=triton.next_power_of_2(d // 2),
+        Q_BLOCK=_power_of_2(q_heads),
+        KV_BLOCK=_power_of_2(kv_heads),
+        D_BLOCK=_power_of_2(d // 2),
         OFFSET=weight_offset,
         ROUND_FIRST=round_before_weight,
         num_warps=4 if elements <= 2048 else 8 if elements <= 8192 else 16,

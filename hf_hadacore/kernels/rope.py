@@ -120,31 +120,44 @@ def rope_reference(
 
 
 def _check(q, k, v, cos, sin, q_weight, k_weight, keys=None, values=None, position=None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise FormatError(
-            f"q and k: expected [B, T, Hq, D] and [B, T, Hkv, D], found {tuple(q.shape)} and {tuple(k.shape)}"
+    # In one expression, because it runs for every layer and token; what is wrong is found out afterwards.
+    dtype, q_shape, shape, angles = q.dtype, q.shape, k.shape, cos.shape
+    fits = (
+        len(q_shape) == len(shape) == 4
+        and q_shape[:2] == shape[:2]
+        and q_shape[3] == shape[3]
+        and shape[3] % 2 == 0
+        and (angles[0] == 1 or angles[0] == shape[0])
+        and angles[1:] == (shape[1], shape[3])
+        and sin.shape == angles
+        and k.dtype == cos.dtype == sin.dtype == dtype
+        and (q_weight is None) == (k_weight is None)
+    )
+    if fits and q_weight is not None:
+        fits = q_weight.shape == k_weight.shape == shape[3:] and q_weight.dtype == k_weight.dtype == dtype
+    if fits and keys is not None:
+        room = keys.shape
+        fits = (
+            v.shape == shape
+            and len(room) == 4
+            and (room[0], room[1], room[3]) == (shape[0], shape[2], shape[3])
+            and values.shape == room
+            and v.dtype == keys.dtype == values.dtype == dtype
+            and keys.is_contiguous()
+            and values.is_contiguous()
+            and position.numel() == 1
+            and position.dtype == torch.int64
         )
-    batch, tokens, kv_heads, d = k.shape
-    if d % 2:
-        raise FormatError(f"q: rotation needs an even head dimension, found {d}")
-    expected = {"k": (k, k.shape)}
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        expected[name] = (tensor, (batch if cos.shape[0] == batch else 1, tokens, d))
-    if q_weight is not None or k_weight is not None:
-        expected |= {"q_weight": (q_weight, (d,)), "k_weight": (k_weight, (d,))}
-    if keys is not None:
-        shape = (batch, kv_heads, keys.shape[2] if keys.dim() == 4 else -1, d)
-        expected |= {"v": (v, k.shape), "keys": (keys, shape), "values": (values, shape)}
-        if not (keys.is_contiguous() and values.is_contiguous()):
-            raise FormatError("keys and values: expected contiguous tensors")
-        if position.numel() != 1 or position.dtype != torch.int64:
-            raise FormatError(
-                f"position: expected one int64 element, found {position.dtype} {tuple(position.shape)}"
-            )
-    for name, (tensor, shape) in expected.items():
-        if tensor is None or tensor.shape != shape or tensor.dtype != q.dtype:
-            found = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise FormatError(f"{name}: expected {q.dtype} {tuple(shape)}, found {found}")
+    if not fits:
+        found = {"q": q, "k": k, "cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight}
+        if keys is not None:
+            found |= {"v": v, "keys": keys, "values": values, "position": position}
+        raise FormatError(
+            "expected, of one dtype, q [B, T, Hq, D], k and v [B, T, Hkv, D] with even D, cos and sin "
+            "[B or 1, T, D], both or neither of q_weight and k_weight [D], contiguous keys and values "
+            "[B, Hkv, capacity, D], and position int64 [1]; found "
+            + ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in found.items() if t is not None)
+        )
 
 
 @torch.library.register_fake("hf_hadacore::rope")
