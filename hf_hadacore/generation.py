@@ -10,6 +10,7 @@ ordinary path.
 import itertools
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,6 @@ _HOOKS = (
     "get_compiled_call",
     "create_masks_for_generate",
 )
-
-Capture = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
 
 
 def enable_cuda_graphs(model: PreTrainedModel) -> None:
@@ -70,25 +69,63 @@ def disable_cuda_graphs(model: PreTrainedModel) -> None:
         model.__dict__.pop(hook, None)
 
 
-def capture_cuda_graph(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Record the kernels that a function launches.
+class CudaCapture:
+    """How a step becomes a graph; tests put something for the CPU in its place."""
 
-    Args:
-        function: run once before, so that nothing is compiled or loaded during the capture.
-        device: on which it runs.
+    @staticmethod
+    def rehearse(function: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Run a function as it is, and see whether it could be captured.
 
-    Returns:
-        A function that launches the kernels again on the same addresses, and what the function returned:
-        tensors that each replay overwrites.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(device),
-        # A thread that reads a streamer's queue or loads data must not void the capture.
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
-    ):
-        output = function()
-    return graph.replay, output
+        A capture that fails is survived, but better not tried. Kernels are compiled and loaded here, which a
+        capture does not allow either.
+
+        Args:
+            function: launches kernels.
+
+        Returns:
+            What the function returned, and what speaks against a capture.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = function()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                return output, f"a step waits for the GPU, at {warning.filename}:{warning.lineno}"
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return output, None
+
+    @staticmethod
+    def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        """Record the kernels that a function launches.
+
+        Args:
+            function: rehearsed before.
+            device: on which it runs.
+
+        Returns:
+            A function that launches the kernels again on the same addresses, and what the function returned:
+            tensors that each replay overwrites.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            # A thread that reads a streamer's queue or loads data must not void the capture.
+            context = torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+            )
+            try:
+                with context:
+                    output = function()
+            except Exception:
+                # torch leaves the random generator in its capturing state, in which sampling fails.
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
+                raise
+        return graph.replay, output
 
 
 class DecodeGraphs:
@@ -98,11 +135,11 @@ class DecodeGraphs:
         model: held by a weak reference, so that deleting it frees its memory at once.
 
     Attributes:
-        capture: makes a graph of a function.
+        capture: makes graphs.
         device_types: where graphs are used.
     """
 
-    capture: Capture = staticmethod(capture_cuda_graph)
+    capture: type[CudaCapture] = CudaCapture
     device_types: tuple[str, ...] = ("cuda",)
 
     def __init__(self, model: PreTrainedModel):
@@ -244,13 +281,12 @@ class DecodeGraphs:
             graph = session.graph(inputs)
         except _UnsupportedInput as error:
             self._fail(f"the model's inputs have {error}")
-        else:
-            capture = type(self).capture if self._failure is None else None
-            try:
-                return graph.run(model, cache, inputs, capture)
-            except _CaptureError as error:
-                self._fail(f"the model cannot be captured: {error}")
-        return _forward(model, cache, inputs)
+            return _forward(model, cache, inputs)
+        try:
+            return graph.run(model, cache, inputs, self.capture)
+        finally:
+            if graph.obstacle is not None:
+                self._fail(f"the model cannot be captured: {graph.obstacle}")
 
     def _fail(self, reason: str) -> None:
         if self._failure is None:
@@ -325,10 +361,6 @@ class _UnsupportedInput(Exception):
     """An argument of the forward pass that is neither a tensor nor a plain value."""
 
 
-class _CaptureError(Exception):
-    """A step could not be captured."""
-
-
 class _Session:
     """Buffers and the graphs that were captured on them.
 
@@ -376,7 +408,12 @@ class _Graph:
     Args:
         inputs: of the forward pass, without the cache; tensors are read from buffers of this object.
         capacity: of the cache.
+
+    Attributes:
+        obstacle: why it cannot be captured; set by `run`.
     """
+
+    obstacle: str | None = None
 
     def __init__(self, inputs: dict[str, Any], capacity: int):
         self._inputs: dict[str, Any] = {}
@@ -387,13 +424,13 @@ class _Graph:
                 self._inputs[name] = value.new_zeros(value.shape[0], capacity)
             else:
                 self._inputs[name] = _buffer(value)
-        self._is_warm = False
+        self._is_rehearsed = False
         self._replay: Callable[[], None] | None = None
         self._output_class: type[ModelOutput] = ModelOutput
         self._output: dict[str, torch.Tensor] = {}
 
     def run(
-        self, model: Any, cache: DecodeCache, inputs: dict[str, Any], capture: Capture | None
+        self, model: Any, cache: DecodeCache, inputs: dict[str, Any], capture: type[CudaCapture]
     ) -> ModelOutput:
         """One step.
 
@@ -401,37 +438,47 @@ class _Graph:
             model: whose forward pass it is.
             cache: in decoding.
             inputs: of the kind that the graph was made for.
-            capture: makes the graph; None to go without.
+            capture: makes the graph.
 
         Returns:
             The model's output; its tensors are not touched by later steps.
-
-        Raises:
-            _CaptureError: nothing was run.
         """
         self._copy_in(inputs)
-        if self._replay is None and (capture is None or not self._is_warm):
-            self._is_warm = True
+
+        def forward() -> ModelOutput:
             return _forward(model, cache, self._inputs)
-        if self._replay is None:
-            assert capture is not None
-            self._capture(model, cache, capture)
-        else:
+
+        if not self._is_rehearsed:
+            output, self.obstacle = capture.rehearse(forward)
+            self._is_rehearsed = True
+            return output
+        if self._replay is not None:
             for layer in cache.layers:
                 layer.length += 1
-        assert self._replay is not None
+        elif self.obstacle is None:
+            self._capture(forward, cache, capture, model.device)
+        if self._replay is None:
+            return forward()
         self._replay()
         outputs = {name: value.clone() for name, value in self._output.items()}
         return self._output_class(past_key_values=cache, **outputs)
 
-    def _capture(self, model: Any, cache: DecodeCache, capture: Capture) -> None:
+    def _capture(
+        self,
+        forward: Callable[[], ModelOutput],
+        cache: DecodeCache,
+        capture: type[CudaCapture],
+        device: torch.device,
+    ) -> None:
         lengths = [layer.length for layer in cache.layers]
         try:
-            self._replay, output = capture(lambda: _forward(model, cache, self._inputs), model.device)
+            self._replay, output = capture.capture(forward, device)
         except Exception as error:
+            self.obstacle = f"{type(error).__name__}: {error}".splitlines()[0]
+            # Nothing was run, so nothing was written.
             for layer, length in zip(cache.layers, lengths, strict=True):
                 layer.length = length
-            raise _CaptureError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            return
         self._output_class = type(output)
         self._output = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
 

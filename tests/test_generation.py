@@ -13,9 +13,10 @@ import pytest
 import torch
 from graph_recorder import record
 from peft import LoraConfig, get_peft_model
-from tiny_models import TINY_CONFIGS, make_model, token_ids
-from transformers import AutoModelForCausalLM, CompileConfig, Gemma3TextConfig, GptOssConfig
+from tiny_models import make_model, token_ids
+from transformers import AutoModelForCausalLM, CompileConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreConfig, decode_cache, generation
 from hf_hadacore.decode_cache import DecodeCache, DecodeLayer, Progress
@@ -23,38 +24,16 @@ from hf_hadacore.generation import DecodeGraphs, disable_cuda_graphs, enable_cud
 
 pytestmark = pytest.mark.transformers_versions
 
-LENGTH = 9
-WINDOW = 12
-
-
-def sliding_model(name: str):
-    """Two layers, one of which sees 12 tokens."""
-    options = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
-    if name == "gemma3":
-        config = Gemma3TextConfig(**{**TINY_CONFIGS[name]().to_dict(), **options})
-    else:
-        config = GptOssConfig(**{**TINY_CONFIGS[name]().to_dict(), **options})
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def model_of(name: str):
-    kind, _, variant = name.partition("+")
-    model = sliding_model(kind) if variant == "sliding" else make_model(kind, torch.float32)
-    # Initialized as usual they repeat the last token for ever, whatever attention sees.
-    with torch.no_grad():
-        for parameter in model.model.layers.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    model.config.tie_word_embeddings = False
-    model.generation_config.eos_token_id = None
-    return model
-
 
 class Calls:
+    """Stands in for `CudaCapture`."""
+
     def __init__(self) -> None:
         self.captures = self.replays = 0
+
+    @staticmethod
+    def rehearse(function):
+        return function(), None
 
     def capture(self, function, device):
         replay, output = record(function, device)
@@ -72,7 +51,7 @@ def calls(monkeypatch) -> Calls:
     """Graphs on the CPU, counted."""
     counted = Calls()
     monkeypatch.setattr(DecodeGraphs, "device_types", ("cpu",))
-    monkeypatch.setattr(DecodeGraphs, "capture", staticmethod(counted.capture))
+    monkeypatch.setattr(DecodeGraphs, "capture", counted)
     return counted
 
 
@@ -85,7 +64,7 @@ def warnings(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def llama(calls):
-    model = model_of("llama")
+    model = varied_model("llama")
     enable_cuda_graphs(model)
     return model
 
@@ -95,18 +74,10 @@ def plain(model, ids, **options):
     return model.generate(ids, disable_compile=True, **options)
 
 
-def left_padded(batch: int = 3) -> dict[str, torch.Tensor]:
-    ids = token_ids(batch, LENGTH)
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, : 3 * row] = 0
-    return {"inputs": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt-oss", "gemma3+sliding", "gpt-oss+sliding"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_greedy_tokens_are_those_of_plain_generate(calls, name, padded):
-    model = model_of(name)
+    model = varied_model(name)
     inputs = left_padded() if padded else {"inputs": token_ids(2, LENGTH)}
     options = dict(**inputs, do_sample=False, max_new_tokens=30)
     expected = model.generate(**options)
@@ -124,7 +95,7 @@ def test_greedy_tokens_are_those_of_plain_generate(calls, name, padded):
 @pytest.mark.parametrize("name", ["llama", "gemma3+sliding"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 10, "temperature": 0.7}, {"repetition_penalty": 1.3}])
 def test_sampling_under_a_seed_gives_the_same_tokens(calls, name, options):
-    model = model_of(name)
+    model = varied_model(name)
     enable_cuda_graphs(model)
     options = dict(**left_padded(), do_sample=True, max_new_tokens=20, num_return_sequences=2, **options)
     torch.manual_seed(3)
@@ -138,7 +109,7 @@ def test_sampling_under_a_seed_gives_the_same_tokens(calls, name, options):
 @pytest.mark.parametrize("name", ["llama", "gpt-oss+sliding"])
 def test_calls_of_other_lengths_and_batches(calls, monkeypatch, name):
     monkeypatch.setattr(decode_cache, "bucket", lambda length: -(-length // 16) * 16)
-    model = model_of(name)
+    model = varied_model(name)
     enable_cuda_graphs(model)
     for batch, length, new in (
         (1, 9, 5),
@@ -158,7 +129,7 @@ def test_calls_of_other_lengths_and_batches(calls, monkeypatch, name):
 def test_buffers_grow_during_a_generation(calls, monkeypatch, name):
     monkeypatch.setattr(decode_cache, "bucket", lambda length: -(-length // 4) * 4)
     monkeypatch.setattr(decode_cache, "_ROOM", 2)
-    model = model_of(name)
+    model = varied_model(name)
     enable_cuda_graphs(model)
     ids = token_ids(2, LENGTH)
     options = dict(do_sample=False, max_new_tokens=50)
@@ -192,7 +163,7 @@ def test_chunked_prefill(llama, calls):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3+sliding"])
 def test_returned_scores_and_cache_are_the_callers_own(calls, name):
-    model = model_of(name)
+    model = varied_model(name)
     enable_cuda_graphs(model)
     ids = token_ids(2, LENGTH)
     options = dict(
@@ -270,7 +241,7 @@ def test_the_models_state_can_speak_against_it(calls, warnings):
         model.generate(token_ids(1, LENGTH), do_sample=False, max_new_tokens=4)
         return warnings[0] if warnings else ""
 
-    model = model_of("llama")
+    model = varied_model("llama")
     enable_cuda_graphs(model)
     assert reason(model) == ""
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
@@ -294,7 +265,7 @@ def test_the_models_state_can_speak_against_it(calls, warnings):
 
 
 def test_a_model_that_cannot_be_captured(calls, warnings):
-    model = model_of("llama")
+    model = varied_model("llama")
     enable_cuda_graphs(model)
     rotary = model.model.rotary_emb
     forward = type(rotary).forward
@@ -358,7 +329,7 @@ def test_copies_pickles_and_files_of_a_model(llama, calls, tmp_path):
 
 
 def test_a_deleted_model_is_freed_at_once(calls):
-    model = model_of("llama")
+    model = varied_model("llama")
     enable_cuda_graphs(model)
     model.generate(token_ids(1, LENGTH), do_sample=False, max_new_tokens=6)
     session = weakref.ref(model.get_compiled_call.__self__._session)
@@ -426,7 +397,7 @@ def test_a_failed_generation_leaves_nothing_behind(llama, calls):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_int4_models_use_graphs_unless_told_not_to(calls, tmp_path, name):
-    make_model(name).save_pretrained(tmp_path / name)
+    make_model(name, torch.float32).save_pretrained(tmp_path / name)
     ids = token_ids(2, LENGTH)
     options = dict(do_sample=False, max_new_tokens=10)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=HadaCoreConfig())
