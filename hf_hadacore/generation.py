@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 
+from .decode_attention import decode_attention
 from .decode_cache import DecodeCache, DecodeLayer, decode_layers
 
 logger = logging.get_logger(__name__)
@@ -146,7 +147,9 @@ class DecodeGraphs:
         self._model_reference = weakref.ref(model)
         self._session: _Session | None = None
         self._last_cache: Callable[[], DecodeCache | None] = lambda: None
+        # Why a capture failed, and of which state of the model.
         self._failure: str | None = None
+        self._failed_fingerprint: tuple[Any, ...] = ()
         # `generate` may run in several threads; each has its own cache.
         self._thread = threading.local()
 
@@ -180,7 +183,7 @@ class DecodeGraphs:
                 cache = self._new_cache(max_cache_length, bool(generation_config.return_dict_in_generate))
                 model_kwargs["past_key_values"] = cache
                 return
-            logger.warning_once(f"HadaCore: generating without CUDA graphs, which is slower: {obstacle}")
+            _tell(obstacle)
         type(model)._prepare_cache_for_generation(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -206,7 +209,9 @@ class DecodeGraphs:
             return "output_attentions and output_hidden_states are not supported"
         if model_kwargs.get("past_key_values") is not None:
             return "past_key_values was given"
-        return self._failure or model_obstacle(self._model)
+        if self._failure is not None and self._failed_fingerprint == _fingerprint(self._model):
+            return self._failure
+        return model_obstacle(self._model)
 
     def _new_cache(self, limit: int, keep: bool) -> DecodeCache:
         model = self._model
@@ -280,18 +285,18 @@ class DecodeGraphs:
         try:
             graph = session.graph(inputs)
         except _UnsupportedInput as error:
-            self._fail(f"the model's inputs have {error}")
+            _tell(f"the model's inputs have {error}")
             return _forward(model, cache, inputs)
-        try:
-            return graph.run(model, cache, inputs, self.capture)
-        finally:
-            if graph.obstacle is not None:
-                self._fail(f"the model cannot be captured: {graph.obstacle}")
+        output = graph.run(model, cache, inputs, self.capture)
+        if graph.obstacle is not None:
+            self._failure = f"the model cannot be captured: {graph.obstacle}"
+            self._failed_fingerprint = session.fingerprint
+            _tell(self._failure)
+        return output
 
-    def _fail(self, reason: str) -> None:
-        if self._failure is None:
-            self._failure = reason
-            logger.warning_once(f"HadaCore: generating without CUDA graphs, which is slower: {reason}")
+
+def _tell(reason: str) -> None:
+    logger.warning_once(f"HadaCore: generating without CUDA graphs, which is slower: {reason}")
 
 
 def _in_use(cache: Any) -> bool:
@@ -352,7 +357,8 @@ def _fingerprint(model: Any) -> tuple[Any, ...]:
 
 def _forward(model: Any, cache: DecodeCache, inputs: dict[str, Any]) -> ModelOutput:
     """One decoding step, run or captured."""
-    output = model(past_key_values=cache, **inputs)
+    with decode_attention(model.config):
+        output = model(past_key_values=cache, **inputs)
     cache.progress.position.add_(1)
     return output
 
@@ -424,7 +430,8 @@ class _Graph:
                 self._inputs[name] = value.new_zeros(value.shape[0], capacity)
             else:
                 self._inputs[name] = _buffer(value)
-        self._is_rehearsed = False
+        # What a first step prepares once, a second one has.
+        self._rehearsals = 2
         self._replay: Callable[[], None] | None = None
         self._output_class: type[ModelOutput] = ModelOutput
         self._output: dict[str, torch.Tensor] = {}
@@ -448,9 +455,11 @@ class _Graph:
         def forward() -> ModelOutput:
             return _forward(model, cache, self._inputs)
 
-        if not self._is_rehearsed:
-            output, self.obstacle = capture.rehearse(forward)
-            self._is_rehearsed = True
+        if self._rehearsals > 0:
+            output, obstacle = capture.rehearse(forward)
+            self._rehearsals = self._rehearsals - 1 if obstacle is not None else 0
+            if self._rehearsals == 0:
+                self.obstacle = obstacle
             return output
         if self._replay is not None:
             for layer in cache.layers:

@@ -16,9 +16,11 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import make_model, token_ids
 from transformers import AutoModelForCausalLM, CompileConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreConfig, decode_cache, generation
+from hf_hadacore.decode_attention import decode_attention_forward
 from hf_hadacore.decode_cache import DecodeCache, DecodeLayer, Progress
 from hf_hadacore.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
 
@@ -456,3 +458,47 @@ def test_decoding_steps_of_a_window(prompt):
         assert keys.shape[2] == size == window
         seen = range(first, min(first + size, now + 1))
         assert torch.equal(keys[:, :, : len(seen)], states[0][:, :, first : now + 1])
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "none"])
+def test_decode_attention_is_sdpa(heads, tokens, kind):
+    query = torch.randn(3, heads, tokens, 16)
+    key, value = torch.randn(2, 3, 2, 24, 16)
+    mask = torch.rand(3, 1, tokens, 24) < 0.7
+    mask[..., 5] = True
+    masks = {
+        "boolean": mask,
+        "none": None,
+        "additive": torch.zeros(mask.shape).masked_fill(~mask, -torch.inf),
+    }
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // 2
+    expected, _ = sdpa_attention_forward(module, query, key, value, masks[kind], scaling=0.3)
+    got, weights = decode_attention_forward(module, query, key, value, masks[kind], scaling=0.3)
+    torch.testing.assert_close(got, expected)
+    assert weights is None
+
+
+def test_graphs_repeat_no_keys(llama, monkeypatch):
+    rows = set()
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        assert options["attn_mask"] is None or options["attn_mask"].is_floating_point()
+        rows.add((query.shape[2], key.shape[1]))
+        return sdpa(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    llama.generate(token_ids(2, LENGTH), max_new_tokens=6)
+    # The prompt; then 4 query heads on 2 key heads.
+    assert rows == {(LENGTH, 2), (2, 2)}
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_what_the_first_step_prepares_does_not_count(llama, calls):
+    verdicts = iter(["waits", None])
+    calls.rehearse = lambda function: (function(), next(verdicts))
+    llama.generate(token_ids(2, LENGTH), max_new_tokens=8)
+    assert (calls.captures, calls.replays) == (1, 5)
