@@ -91,11 +91,17 @@ class _Random:
     def __call__(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device="cpu").to(_DTYPE)
 
-    def linear(self, inputs: int, outputs: int) -> nn.Linear:
-        layer = nn.Linear(inputs, outputs, device="meta")
-        layer.weight = nn.Parameter(self(outputs, inputs), requires_grad=False)
-        layer.bias = nn.Parameter(self(outputs), requires_grad=False)
-        return layer
+
+class _Projection(nn.Module):
+    """Stands for a linear layer, without a product: output j is input j modulo K, times a random factor."""
+
+    def __init__(self, outputs: int, random: _Random):
+        super().__init__()
+        self.factors = random(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(self.factors.shape[0], device="cpu") % x.shape[-1]
+        return x[..., places] * self.factors
 
 
 def _stand_in(module: nn.Module, **parts: Any) -> nn.Module:
@@ -171,8 +177,8 @@ def mlp_formula(module: nn.Module) -> MlpFormula | None:
         if module._parameters or not {*projections, "down_proj"} <= module._modules.keys():
             continue
         random = _Random()
-        x, down = random(3, 8), random.linear(16, 8)
-        layers = {name: random.linear(8, 32 // len(projections)) for name in projections}
+        x, down = random(3, 8), _Projection(16, random)
+        layers = {name: _Projection(32 // len(projections), random) for name in projections}
         found = _run(_stand_in(module, down_proj=down, **layers), x)
         with torch.no_grad():
             gate, up = torch.cat([layer(x) for layer in layers.values()], dim=-1).chunk(2, dim=-1)
@@ -248,7 +254,7 @@ def attention_formula(
         parts["q_norm"] = _stand_in(q_norm, weight=weights["q"])  # type: ignore[arg-type]
         parts["k_norm"] = _stand_in(k_norm, weight=weights["k"])
     for name in "qkv":
-        parts[f"{name}_proj"] = random.linear(8, getattr(module, f"{name}_proj").out_features)
+        parts[f"{name}_proj"] = _Projection(getattr(module, f"{name}_proj").out_features, random)
     x, cos, sin = random(2, 3, 8), random(2, 3, head_dim), random(2, 3, head_dim)
     with torch.no_grad():
         heads = {name: parts[f"{name}_proj"](x).view(2, 3, -1, head_dim) for name in "qkv"}
