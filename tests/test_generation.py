@@ -196,6 +196,20 @@ def test_returned_scores_and_cache_are_the_callers_own(calls, name):
     )
 
 
+def test_later_steps_leave_an_output_alone(llama, monkeypatch):
+    step, kept = DecodeGraphs._step, []
+
+    def keeping(self, **inputs):
+        kept.append(step(self, **inputs))
+        return kept[-1]
+
+    monkeypatch.setattr(DecodeGraphs, "_step", keeping)
+    options = dict(max_new_tokens=8, return_dict_in_generate=True, output_logits=True)
+    got = llama.generate(token_ids(2, LENGTH), **options)
+    for output, logits in zip(kept, got.logits[1:], strict=True):
+        assert torch.equal(output.logits[:, -1], logits)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
