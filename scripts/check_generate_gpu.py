@@ -23,7 +23,8 @@ import typer
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from hf_hadacore import HadaCoreConfig, decode_cache
-from hf_hadacore.generation import CudaCapture, DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
+from hf_hadacore.decode_graph import CudaCapture
+from hf_hadacore.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny_models import MOE, make_model, token_ids

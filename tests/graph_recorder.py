@@ -49,7 +49,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Stands in for `hf_hadacore.generation.CudaCapture.capture`."""
+    """Stands in for `hf_hadacore.decode_graph.CudaCapture.capture`."""
     recorder = _Recorder()
     with recorder:
         outputs = function()
