@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CHUNK = 256  # positions whose logits are widened to fp32 at a time
 
@@ -43,11 +43,24 @@ class Difference(NamedTuple):
     standard_error: float
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[torch.Tensor, int | None]:
+    """A text as `perplexity` wants it.
+
+    Returns:
+        int64 ``[T]``, and the token that the tokenizer puts before a text, if it does: some models trained
+        that way (Gemma) are lost without it.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
+    bos = tokenizer.bos_token_id
+    return ids, bos if bos is not None and tokenizer("").input_ids[:1] == [bos] else None
+
+
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     *,
+    bos: int | None = None,
     context: int = 1024,
     windows: int | None = None,
     progress: bool = False,
@@ -57,21 +70,24 @@ def perplexity(
     Args:
         model: a causal language model.
         input_ids: integer ``[T]``, the whole text.
-        context: tokens of a window; the first of each is only read.
+        bos: token to put before the text of every window; see `encode`.
+        context: tokens of a window, `bos` included; the first of each is only read.
         windows: how many; None takes as many as fit.
         progress: show a progress bar.
 
     Raises:
         ValueError: the text is shorter than one window, or has not that many windows.
     """
-    most = input_ids.numel() // context
+    prefix = input_ids.new_tensor([] if bos is None else [bos])
+    length = context - len(prefix)
+    most = input_ids.numel() // length
     count = most if windows is None else windows
     if not 0 < count <= most:
-        raise ValueError(f"{input_ids.numel()} tokens hold {most} windows of {context}, asked for {count}")
-    starts = [most * i // count * context for i in range(count)]
+        raise ValueError(f"{input_ids.numel()} tokens hold {most} windows of {length}, asked for {count}")
+    starts = [most * i // count * length for i in range(count)]
     rows = []
     for start in tqdm(starts, desc="perplexity", disable=not progress, leave=False):
-        ids = input_ids[start : start + context].to(model.device)
+        ids = torch.cat([prefix, input_ids[start : start + length]]).to(model.device)
         # The model's own logits: some scale or cap them after the head.
         logits = model(ids[None], use_cache=False).logits[0]
         rows.append(_token_nll(logits, ids).cpu())

@@ -1,6 +1,6 @@
 """Decode and prefill speed of a model on the CPU: int4 beside bf16, in one run.
 
-    python scripts/benchmark_cpu.py SRC --json scripts/results/cpu_speed.json
+    python scripts/benchmark_cpu.py [SRC] --json scripts/results/cpu_speed.json
 
 SRC is a full-precision checkpoint folder. In a small model the output head, attention and Python take a share
 of the time that int4 cannot change, so a second model with TinyLlama-1.1B's shapes, of fewer layers and with
@@ -129,20 +129,20 @@ def compare(src: Path, title: str, group_size: int, repeats: int, steps: int) ->
 
 
 def main(
-    src: Annotated[Path, typer.Argument(help="Full-precision checkpoint folder.")],
+    src: Annotated[Path | None, typer.Argument(help="Full-precision checkpoint folder.")] = None,
     group_size: int = 64,
     repeats: int = 5,
     steps: int = 24,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
-    models = [compare(src, src.name, group_size, repeats, steps)]
+    models = [compare(src, src.name, group_size, repeats, steps)] if src else []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(LARGER, dtype=torch.bfloat16).save_pretrained(folder)
         title = f"TinyLlama-1.1B shapes, {LARGER.num_hidden_layers} layers"
         models.append(compare(Path(folder), title, group_size, repeats, steps))
     result = {
-        "command": f"python scripts/benchmark_cpu.py {src.name} --group-size {group_size}",
+        "command": f"python scripts/benchmark_cpu.py {src.name if src else ''} --group-size {group_size}",
         "date": datetime.now(UTC).date().isoformat(),
         "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "isa": torch.backends.cpu.get_cpu_capability(),

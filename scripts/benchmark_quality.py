@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.evaluate import Perplexity, paired_difference, perplexity
+from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
 from hf_hadacore.layer_plan import plan_layers
 from hf_hadacore.solvers.rtn import quantization_error, quantize_weight
 
@@ -104,13 +104,15 @@ def measure(name: str, text: str, windows: int, work: Path) -> dict[str, Any]:
     folder = export_checkpoint(name, work / name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    baseline = perplexity(model, ids, context=CONTEXT, windows=windows, progress=True)
+    ids, bos = encode(tokenizer, text)
+    baseline = perplexity(model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True)
     results: dict[Recipe, Perplexity] = {}
     rows = []
     for recipe in RECIPES:
         originals, error, bits = with_int4_values(model, recipe)
-        results[recipe] = result = perplexity(model, ids, context=CONTEXT, windows=windows, progress=True)
+        results[recipe] = result = perplexity(
+            model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True
+        )
         restore(model, originals)
         row: dict[str, Any] = recipe._asdict() | {
             "recipe": recipe.name,
@@ -145,9 +147,10 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Of {list(MODELS)}; repeatable.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of 1024 tokens; default 20 and 10.")] = None,
     work: Annotated[Path, typer.Option(help="Where checkpoints are exported to.")] = Path("demo_output"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where to write the results; other models' are kept.")
+    ] = None,
 ) -> None:
-    start = time.perf_counter()
     content = text.read_text(encoding="utf-8")
     names = model or list(MODELS)
     report: dict[str, Any] = {
@@ -165,10 +168,20 @@ def main(
         "models": {},
     }
     for name in names:
-        report["models"][name] = measure(name, content, windows or WINDOWS[name], work)
-        report["seconds"] = round(time.perf_counter() - start)
+        start = time.perf_counter()
+        measured = measure(name, content, windows or WINDOWS[name], work)
+        report["models"][name] = measured | {"seconds": round(time.perf_counter() - start)}
         if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=2) + "\n")
+            _merge(report, json_file)
+
+
+def _merge(report: dict[str, Any], file: Path) -> None:
+    """Write the report, and keep what the file says of other models measured in the same way."""
+    if file.exists():
+        before = json.loads(file.read_text())
+        if all(before[key] == report[key] for key in ("device", "versions", "text", "context")):
+            report["models"] = before["models"] | report["models"]
+    file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, l
 from hf_hadacore import HadaCoreConfig, cli
 from hf_hadacore.checkpoint import PARTIAL_SUFFIX, quantize_checkpoint
 from hf_hadacore.errors import HadaCoreError
-from hf_hadacore.evaluate import Difference, Perplexity, paired_difference, perplexity
+from hf_hadacore.evaluate import Difference, Perplexity, encode, paired_difference, perplexity
 from hf_hadacore.inspection import format_size, inspect_checkpoint
 
 MODEL = "smollm2-135m"
@@ -57,8 +57,8 @@ def measure_perplexity(folder: Path, windows: int) -> Perplexity:
     """Perplexity on `evaluation_text`, in fp32: fast on every CPU, and only the weights' error counts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(evaluation_text(), return_tensors="pt", verbose=False).input_ids[0]
-    return perplexity(model, ids, context=CONTEXT, windows=windows, progress=True)
+    ids, bos = encode(tokenizer, evaluation_text())
+    return perplexity(model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True)
 
 
 @torch.inference_mode()

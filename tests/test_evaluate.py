@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, make_model, token_ids
-from transformers import AutoModelForCausalLM, Gemma2Config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
 from hf_hadacore import evaluate
-from hf_hadacore.evaluate import Perplexity, paired_difference, perplexity
+from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
 
 CONTEXT = 16
 
@@ -55,6 +56,27 @@ def test_windows_are_spread_over_the_text() -> None:
     every = perplexity(model, ids, context=CONTEXT).token_nll
     some = perplexity(model, ids, context=CONTEXT, windows=2).token_nll
     torch.testing.assert_close(some, every[[0, 2]])
+
+
+def test_bos_precedes_every_window() -> None:
+    model, ids = make_model("llama", torch.float32), text()
+    result = perplexity(model, ids, bos=7, context=CONTEXT)
+    assert result.token_nll.shape == (5, CONTEXT - 1)
+    for i, window in enumerate(ids[: 5 * (CONTEXT - 1)].view(5, CONTEXT - 1)):
+        expected = loss(model, torch.cat([torch.tensor([7]), window]))
+        assert result.token_nll[i].mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_encode_leaves_bos_to_the_windows(adds_bos: bool) -> None:
+    words = Tokenizer(models.WordLevel({"[BOS]": 0, "[UNK]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if adds_bos:
+        words.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="[BOS]", unk_token="[UNK]")
+    ids, bos = encode(tokenizer, "a b a")
+    assert ids.tolist() == [2, 3, 2]
+    assert bos == (0 if adds_bos else None)
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(CONTEXT - 1, None), (2 * CONTEXT, 3), (2 * CONTEXT, 0)])
