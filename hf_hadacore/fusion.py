@@ -30,7 +30,7 @@ from .fusion_probes import (
 from .kernels.gated_activation import gated_activation
 from .kernels.rms_norm import add_rms_norm, rms_norm
 from .kernels.rope import rope, rope_into_cache
-from .linear import HadaCoreLinear
+from .linear import HadaCoreLinear, forward_together
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -79,11 +79,6 @@ def unfuse(model: nn.Module) -> None:
             module.__dict__.pop("formula", None)
             module.__dict__.pop("successor", None)
             _set_class(module, type(module).unfused)
-
-
-def forward_together(layers: list[HadaCoreLinear], x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of layers that read the same input."""
-    return [layer(x) for layer in layers]
 
 
 class _Fused(nn.Module):

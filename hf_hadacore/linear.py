@@ -1,6 +1,7 @@
 """HadaCoreLinear: an `nn.Linear` whose weight is stored as int4."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from .errors import FormatError
 from .int4 import Int4Weight
 from .kernels.w4a16 import w4a16_linear
 from .kernels.w4a16_cpu import MAX_DECODE_TOKENS, CpuPackedWeight, pack_for_cpu, w4a16_decode_cpu
+from .kernels.w4a16_tiled import prefers_tiles, w4a16_tiled
+from .kernels.w4a16_tiles import from_tiles, to_tiles
 from .solvers.rtn import quantize_weight
 
 if TYPE_CHECKING:
@@ -23,8 +26,12 @@ class HadaCoreLinear(nn.Linear):
     parallelism can shard them; none of the int4 tensors requires a gradient. The gradient
     with respect to x is defined, so adapters can be trained on top.
 
+    On a GPU whose kernels want another order of the nibbles (`prepare`), `weight` is kept in that order and
+    the columns of scales and zeros are contiguous. Nobody sees it from outside: `state_dict`, `int4_weight`,
+    copies and moves to another device all give the format of `hf_hadacore.int4`.
+
     Attributes:
-        weight: int32 ``[N, K/8]``.
+        weight: int32 ``[N, K/8]``; read it through `int4_weight`.
         weight_scale: floating point ``[N, ceil(K/g)]``.
         weight_zero: uint8 ``[N, ceil(K/g)]``, or None for a symmetric weight.
         bias: ``[N]`` or None.
@@ -74,6 +81,8 @@ class HadaCoreLinear(nn.Linear):
         self.register_parameter("weight_zero", None if symmetric else empty(groups, torch.uint8))
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
         self._cpu_weight: CpuPackedWeight | None = None
+        self._is_tiled = False
+        self._group: _Group | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: "HadaCoreConfig", *, name: str = "") -> "HadaCoreLinear":
@@ -120,8 +129,9 @@ class HadaCoreLinear(nn.Linear):
         self.weight_zero = None if weight.zero is None else nn.Parameter(weight.zero, requires_grad=False)
 
     def int4_weight(self) -> Int4Weight:
-        """The weight as an `Int4Weight` (a view of the Parameters)."""
-        return Int4Weight(self.weight, self.weight_scale, self.weight_zero, self.group_size)
+        """The weight in the format of `hf_hadacore.int4`; a view of the Parameters where that is possible."""
+        packed = from_tiles(self.weight) if self._is_tiled else self.weight
+        return Int4Weight(packed, self.weight_scale, self.weight_zero, self.group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The layer as an ordinary `nn.Linear` with the weight that is stored.
@@ -144,9 +154,13 @@ class HadaCoreLinear(nn.Linear):
         Returns:
             ``[..., N]`` in the dtype of `input`.
         """
-        if self._decodes_on_cpu(input):
-            return w4a16_decode_cpu(input, self._weight_for_cpu(), self.bias)
-        return w4a16_linear(
+        if not self._is_tiled:
+            if self._decodes_on_cpu(input):
+                return w4a16_decode_cpu(input, self._weight_for_cpu(), self.bias)
+            if _may_change_weights():
+                self.prepare()
+        product = w4a16_tiled if self._is_tiled else w4a16_linear
+        return product(
             input,
             self.weight,
             self.weight_scale,
@@ -169,35 +183,81 @@ class HadaCoreLinear(nn.Linear):
         """Make what the forward pass of this layer's device needs, so that the first call is not slower.
 
         On the CPU torch's int4 kernel wants its own order of the nibbles: a second copy of the weight, 0.5
-        byte each, made here or at the first call. Elsewhere there is nothing to do.
+        byte each, made here or at the first call. On a Hopper GPU the weight itself is put in the order of
+        `kernels.w4a16_tiles`. Elsewhere there is nothing to do.
         """
-        if self.weight.device.type == "cpu" and self.weight_scale.dtype == torch.bfloat16:
+        device = self.weight.device
+        if device.type == "cpu" and self.weight_scale.dtype == torch.bfloat16:
             self._weight_for_cpu()
+        elif not (self._is_tiled or self._is_offloaded()) and prefers_tiles(
+            device, self.out_features, self.in_features, self.group_size
+        ):
+            self.weight.data = to_tiles(self.weight)
+            for values in self._group_values():
+                values.data = values.t().contiguous().t()
+            self._is_tiled = True
+
+    def _group_values(self) -> list[nn.Parameter]:
+        return [values for values in (self.weight_scale, self.weight_zero) if values is not None]
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate brings the weights in for each call."""
+        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+
+    def _restore_order(self) -> None:
+        """Undo what `prepare` did to the Parameters."""
+        if self._is_tiled:
+            self.weight.data = from_tiles(self.weight)
+            for values in self._group_values():
+                values.data = values.contiguous()
+            self._is_tiled = False
 
     def _weight_for_cpu(self) -> CpuPackedWeight:
         if self._cpu_weight is not None:
             return self._cpu_weight
         packed = pack_for_cpu(self.int4_weight())
         # A layer whose weights accelerate brings in for each call must not keep a copy of them.
-        if not getattr(getattr(self, "_hf_hook", None), "offload", False):
+        if not self._is_offloaded():
             self._cpu_weight = packed
         return packed
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("weight", "weight_scale", "weight_zero"):
             self._cpu_weight = None
+            self._is_tiled = False
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch's annotation is too narrow
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._cpu_weight = None
+        self._restore_order()
         return super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_tiled:
+            destination[prefix + "weight"] = from_tiles(self.weight)
+            for name in ("weight_scale", "weight_zero"):
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _apply(self, fn, recurse=True):
         self._cpu_weight = None
+        self._restore_order()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cpu_weight": None}
+        state = {**self.__dict__, "_cpu_weight": None, "_group": None, "_is_tiled": False}
+        if self._is_tiled:
+            weight = self.int4_weight()
+            parameters = zip(("weight", "weight_scale", "weight_zero"), weight[:3], strict=True)
+            state["_parameters"] = {
+                **self._parameters,
+                **{
+                    name: None if value is None else nn.Parameter(value.contiguous(), requires_grad=False)
+                    for name, value in parameters
+                },
+            }
+        return state
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.weight_zero is None else "asymmetric"
@@ -205,3 +265,106 @@ class HadaCoreLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, int4 {kind}, group_size={self.group_size}"
         )
+
+
+def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of several layers for the same input, in one launch where that is possible.
+
+    The first call moves the weights of the layers next to each other; the layers keep working alone.
+
+    Args:
+        layers: `HadaCoreLinear` or other modules.
+        x: ``[..., K]``.
+
+    Returns:
+        The outputs ``[..., N]``, one for each layer; views of one tensor where they were made in one launch.
+    """
+    group = _group_of(layers)
+    if group is None:
+        return [layer(x) for layer in layers]
+    weight = group.weight
+    y = w4a16_tiled(
+        x, weight.packed, weight.scale, weight.zero, None, group.bias, group_size=weight.group_size
+    )
+    return list(y.split(group.sizes, dim=-1))
+
+
+class _Group:
+    """The concatenated weights of several layers, of which the layers' Parameters are views."""
+
+    def __init__(self, layers: tuple[HadaCoreLinear, ...]):
+        self.layers = layers
+        self.sizes = [layer.out_features for layer in layers]
+        first = layers[0]
+        zero = None
+        scale = _join_columns([layer.weight_scale for layer in layers])
+        if first.weight_zero is not None:
+            zero = _join_columns([layer.weight_zero for layer in layers])
+        packed = torch.cat([layer.weight.data for layer in layers])
+        self.weight = Int4Weight(packed, scale, zero, first.group_size)
+        self.bias = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = [first.weight_scale.new_zeros(size) for size in self.sizes]
+            self.bias = torch.cat(
+                [z if layer.bias is None else layer.bias.data for layer, z in zip(layers, zeros, strict=True)]
+            )
+        for layer, *parts in zip(layers, *(t.split(self.sizes) for t in (packed, scale)), strict=True):
+            layer.weight.data, layer.weight_scale.data = parts
+        if zero is not None:
+            for layer, part in zip(layers, zero.split(self.sizes), strict=True):
+                layer._group_values()[1].data = part
+        self._places = [layer.weight.data_ptr() for layer in layers]
+
+    def is_intact(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the Parameters of these layers still are the views that this group made of them."""
+        return (
+            len(layers) == len(self.layers)
+            and all(a is b and b._is_tiled for a, b in zip(layers, self.layers, strict=True))
+            and [layer.weight.data_ptr() for layer in self.layers] == self._places
+        )
+
+
+def _join_columns(values: list[Any]) -> torch.Tensor:
+    """Concatenate ``[N, G]`` tensors along N, with contiguous columns."""
+    return torch.cat([value.data.t() for value in values], dim=1).t()
+
+
+def _group_of(layers: Sequence[nn.Module]) -> _Group | None:
+    """The group of some layers, made if they can have one."""
+    first = layers[0]
+    if type(first) is not HadaCoreLinear:
+        return None
+    group = first._group
+    if torch.compiler.is_compiling():
+        return None
+    if group is not None and group.is_intact(layers):
+        return group
+    if not _may_change_weights() or not all(type(layer) is HadaCoreLinear for layer in layers):
+        return None
+    members = tuple(layer for layer in layers if isinstance(layer, HadaCoreLinear))
+    for layer in members:
+        layer.prepare()
+    kinds = {
+        (
+            layer._is_tiled,
+            layer._is_offloaded(),
+            layer.in_features,
+            layer.group_size,
+            layer.weight_zero is None,
+            layer.weight.device,
+            layer.weight_scale.dtype,
+            layer.bias is None or (layer.bias.dtype, layer.bias.requires_grad),
+        )
+        for layer in members
+    }
+    if len(kinds) != 1 or not first._is_tiled or first._is_offloaded():
+        return None
+    first._group = _Group(members)
+    return first._group
+
+
+def _may_change_weights() -> bool:
+    """Whether Parameters may be reordered now: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

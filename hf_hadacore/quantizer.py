@@ -12,6 +12,7 @@ from . import compat, int4, integrity
 from .config import HadaCoreConfig
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
 from .experts import HadaCoreExperts, dequantize_experts, swap_experts
+from .fusion import fuse, unfuse
 from .generation import disable_cuda_graphs, enable_cuda_graphs
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
@@ -204,6 +205,8 @@ class HadaCoreHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, HadaCoreLinear) and not module.weight.is_meta:
                 module.prepare()
+        if any(parameter.device.type == "cuda" for parameter in model.parameters()):
+            fuse(model)
         if self.quantization_config.cuda_graphs:
             enable_cuda_graphs(model)
         return model
@@ -223,6 +226,7 @@ class HadaCoreHfQuantizer(HfQuantizer):
             else:
                 _replace_module(model, name, module.dequantize(resolved))
         compat.restore_converters(model)
+        unfuse(model)
         disable_cuda_graphs(model)
         return model
 

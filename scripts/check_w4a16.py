@@ -1,11 +1,11 @@
-"""Is the W4A16 op right on this GPU, and how fast is it?
+"""Is the portable W4A16 op (weights in the order of the format) right on this GPU?
 
     python scripts/check_w4a16.py --json scripts/results/check_w4a16.json
     compute-sanitizer python scripts/check_w4a16.py --sanitize
 
 Errors are relative L2 against a float64 product with the weights exactly as stored, in multiples of the error
-that rounding the exact result once would have. Outputs are filled with NaN before the kernel runs. Times are
-CUDA-graph replays over enough weights to leave the L2 cache behind.
+that rounding the exact result once would have. Outputs are filled with NaN before the kernel runs. Speed is
+the business of `benchmark_w4a16.py`.
 """
 
 import json
@@ -13,8 +13,6 @@ import multiprocessing
 import os
 import platform
 import random
-import statistics
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -33,9 +31,6 @@ from hf_hadacore.kernels.w4a16 import w4a16_linear
 
 CASES = 500
 REPEATS = 1000
-TIMED_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
-TIMED_M = (1, 16, 64, 256)
-L2_BYTES = 64 << 20
 
 
 def random_weight(n: int, k: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype) -> Int4Weight:
@@ -152,59 +147,6 @@ def check_beyond_int32() -> dict[str, float]:
     return {name: round(error, 4) for name, error in worst.items()}
 
 
-def graph_time(runs: list[Callable[[], Any]]) -> float:
-    """Median microseconds of one of `runs`, replayed in turn inside one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    times = []
-    for repeat in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 5:
-            times.append(start.elapsed_time(end) * 1e3 / len(runs))
-    return statistics.median(times)
-
-
-def time_shape(n: int, k: int, m: int, copy_bandwidth: float) -> dict[str, Any]:
-    copies = max(2, -(-4 * L2_BYTES // (n * k // 2)))
-    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-    weights = [random_weight(n, k, 128, False, torch.float16) for _ in range(copies)]
-    ours = graph_time([partial(w4a16_linear, x, *w[:3], group_size=128) for w in weights])
-    del weights
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(max(2, copies // 4))]
-    cublas = graph_time([partial(torch.nn.functional.linear, x, w) for w in dense])
-    groups = n * (k // 128)
-    moved = n * k // 2 + 3 * groups + 2 * m * (n + k)
-    floor = moved / copy_bandwidth * 1e6
-    return {
-        "n": n,
-        "k": k,
-        "m": m,
-        "ours_us": round(ours, 2),
-        "cublas_fp16_us": round(cublas, 2),
-        "floor_us": round(floor, 2),
-        "share_of_floor": round(floor / ours, 3),
-        "speedup_over_cublas": round(cublas / ours, 3),
-    }
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second of a large device-to-device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (graph_time([lambda: target.copy_(source)] * 2) * 1e-6)
-
-
 def sanitize() -> None:
     """One small problem for every variant of the kernel, for compute-sanitizer."""
     for dtype in (torch.float16, torch.bfloat16):
@@ -234,7 +176,6 @@ def main(
         raise SystemExit("this check needs a CUDA device")
     if sanitize_only:
         return sanitize()
-    bandwidth = copy_bandwidth()
     report: dict[str, Any] = {
         "command": "python scripts/check_w4a16.py",
         "date": datetime.now(UTC).date().isoformat(),
@@ -249,14 +190,10 @@ def main(
         "nan_poisoned_runs": check_every_element_is_written(),
         "repeats": check_repeats(),
         "beyond_2_31_elements": check_beyond_int32(),
-        "copy_bandwidth_tb_per_s": round(bandwidth / 1e12, 3),
-        "times": [time_shape(n, k, m, bandwidth) for n, k in TIMED_SHAPES for m in TIMED_M],
     }
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=2) + "\n")
-    for time in report["times"]:
-        print(*(f"{name} {value}" for name, value in time.items()), sep="  ")
     print({name: report[name] for name in ("random_shapes", "repeats", "beyond_2_31_elements")})
     worst = [report["random_shapes"]["worst_error_in_floors"], *report["beyond_2_31_elements"].values()]
     if not (max(worst) <= 1.1 and report["repeats"]["bit_identical"]):

@@ -180,16 +180,36 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    packed, scale, zero, input_perm = ctx.saved_tensors
+    weight = ctx.saved_tensors if ctx.needs_input_grad[0] else None
+    grad_x, grad_bias = linear_gradients(
+        grad, weight, ctx.group_size, ctx.bias_dtype if ctx.needs_input_grad[5] else None
+    )
+    return grad_x, None, None, None, None, grad_bias, None
+
+
+def linear_gradients(
+    grad: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None,
+    group_size: int,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of y = x[..., input_perm] W^T + bias with respect to x and bias.
+
+    Args:
+        grad: ``[..., N]``, with respect to y.
+        weight: packed, scale, zero and input_perm as in `w4a16_linear`; None if x needs no gradient.
+        group_size: g, or -1.
+        bias_dtype: of the bias; None if it needs no gradient.
+    """
     grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        weight = int4.dequantize(packed, scale, zero, group_size=ctx.group_size, dtype=grad.dtype)
-        grad_x = grad @ weight
+    if weight is not None:
+        packed, scale, zero, input_perm = weight
+        grad_x = grad @ int4.dequantize(packed, scale, zero, group_size=group_size, dtype=grad.dtype)
         if input_perm is not None:
             grad_x = torch.empty_like(grad_x).index_copy_(-1, input_perm.long(), grad_x)
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias, None
+    if bias_dtype is not None:
+        grad_bias = grad.flatten(0, -2).sum(0).to(bias_dtype)
+    return grad_x, grad_bias
 
 
 torch.library.register_autograd("hf_hadacore::w4a16_linear", _backward, setup_context=_setup_context)

@@ -1,0 +1,200 @@
+"""How the Hopper W4A16 kernels cut a product into programs: a table of measured shapes, else a rule.
+
+The rule models the time of a schedule from a few constants measured on an H100 and takes the fastest. It
+never runs anything: the first call of a new shape compiles one kernel.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError
+
+# Names a file of schedules, made by `hadacore tune`, that go before the shipped ones.
+TUNING_VARIABLE = "HADACORE_TUNING"
+MAX_SKINNY_TOKENS = 16
+# Schedules cover this many tokens at most; more tokens only mean more programs of the same kind.
+_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_SHARED_MEMORY = 226_000
+_MAX_SPLIT = 16
+_H100_PROCESSORS = 132
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+# (block_n, num_warps, stages) and (block_m, stages, slots)
+_SKINNY_CANDIDATES = ((128, 8, 3), (128, 8, 4), (128, 8, 6), (64, 4, 4), (64, 4, 6))
+_WIDE_CANDIDATES = ((32, 4, 4), (32, 5, 6), (64, 3, 4), (64, 3, 6), (128, 1, 4), (128, 2, 4))
+_TABLE = Path(__file__).with_name("w4a16_table.json")
+
+
+class SkinnySchedule(NamedTuple):
+    """Of `w4a16_skinny.skinny_kernel`.
+
+    Attributes:
+        block_m: tokens, 8 or 16.
+        block_n: rows of weights of a program.
+        tiles: tiles of K of a program, at least `stages`.
+        stages: tiles of weights in flight.
+        num_warps: warps of a program.
+    """
+
+    block_m: int
+    block_n: int
+    tiles: int
+    stages: int
+    num_warps: int
+
+
+class WideSchedule(NamedTuple):
+    """Of `w4a16_wide.wide_kernel`; a program has 128 rows of weights.
+
+    Attributes:
+        block_m: tokens of a program: 32, 64 or 128.
+        tiles: tiles of K of a program.
+        stages: tiles of weights in flight.
+        slots: tiles of x in the ring.
+    """
+
+    block_m: int
+    tiles: int
+    stages: int
+    slots: int
+
+
+Schedule = SkinnySchedule | WideSchedule
+
+
+def bucket(m: int) -> int:
+    """The smallest number of tokens of the table that is not below m; the largest for more."""
+    return next((tokens for tokens in _TOKEN_BUCKETS if tokens >= m), _TOKEN_BUCKETS[-1])
+
+
+def choose(m: int, n: int, k: int, arch: str, processors: int) -> Schedule:
+    """The schedule for a product, from the table or by the rule.
+
+    Args:
+        m: tokens, at least 1.
+        n, k: outputs and inputs, multiples of 64 and 128.
+        arch: of the GPU, e.g. "sm90".
+        processors: streaming multiprocessors of the GPU.
+    """
+    known = _table().get(f"{arch} {n}x{k} {bucket(m)}")
+    return known if known is not None else _choose_by_rule(bucket(m), n, k // 128, processors)
+
+
+def candidates(m: int, n: int, k: int) -> list[Schedule]:
+    """The schedules that `hadacore tune` measures for a product.
+
+    Args:
+        m, n, k: as in `choose`.
+    """
+    k_tiles = k // 128
+    found: set[Schedule] = {_choose_by_rule(bucket(m), n, k_tiles, _H100_PROCESSORS)}
+    for split in _SPLITS:
+        tiles = -(-k_tiles // split)
+        if m <= MAX_SKINNY_TOKENS:
+            block_m = 8 if m <= 8 else 16
+            for block_n, num_warps, stages in _SKINNY_CANDIDATES:
+                fits = stages <= tiles and tiles * block_m * 256 <= _SHARED_MEMORY // 2
+                if fits and 96 * block_n <= n * split <= 800 * block_n:
+                    found.add(SkinnySchedule(block_m, block_n, tiles, stages, num_warps))
+        else:
+            for block_m, stages, slots in _WIDE_CANDIDATES:
+                programs = -(-n // 128) * -(-m // block_m) * split
+                if block_m < 2 * m and (split == 1 or programs <= 300):
+                    found.add(WideSchedule(block_m, tiles, stages, slots))
+    return sorted(found)
+
+
+@cache
+def _choose_by_rule(m: int, n: int, k_tiles: int, processors: int) -> Schedule:
+    if m <= MAX_SKINNY_TOKENS:
+        return _skinny_by_rule(m, n, k_tiles, processors)
+    return min(
+        (_wide(block_m, -(-k_tiles // split)) for block_m in (32, 64, 128) for split in range(1, 9)),
+        key=lambda schedule: _wide_time(schedule, m, n, k_tiles, processors),
+    )
+
+
+def _skinny_by_rule(m: int, n: int, k_tiles: int, processors: int) -> SkinnySchedule:
+    """About two programs of eight warps for each processor, with a slice of x that leaves room for both."""
+    block_m = 8 if m <= 8 else 16
+    row_tiles = -(-n // 128)
+    most = _SHARED_MEMORY // 2 // (block_m * 256)
+    split = max(1, min(2 * processors // row_tiles, k_tiles // 4, _MAX_SPLIT), -(-k_tiles // most))
+    tiles = -(-k_tiles // split)
+    stages = min(tiles, 3 if block_m == 16 or tiles < 8 else 4)
+    return SkinnySchedule(block_m, 128, tiles, stages, 8)
+
+
+def _wide(block_m: int, tiles: int) -> WideSchedule:
+    stages, slots = {32: (4, 4), 64: (3, 4), 128: (1, 4)}[block_m]
+    return WideSchedule(block_m, tiles, stages, slots)
+
+
+def _wide_time(schedule: WideSchedule, m: int, n: int, k_tiles: int, processors: int) -> float:
+    """Modelled microseconds: programs take turns on the processors; a tile takes a time of its own."""
+    tile_time = {32: 0.52, 64: 0.62, 128: 0.81}[schedule.block_m]
+    split = -(-k_tiles // schedule.tiles)
+    programs = -(-n // 128) * -(-m // schedule.block_m) * split
+    turns = -(-programs // processors)
+    exchange = 0.0 if split == 1 else 1.5 + 8 * m * n * split / 2.5e6
+    return turns * (schedule.tiles * tile_time + 2.5) + exchange
+
+
+@cache
+def _table() -> dict[str, Schedule]:
+    """The shipped schedules and, over them, those of the file that `TUNING_VARIABLE` names."""
+    own = os.environ.get(TUNING_VARIABLE)
+    files = [_TABLE, Path(own)] if own else [_TABLE]
+    return {key: schedule for file in files for key, schedule in read_table(file).items()}
+
+
+def read_table(file: Path) -> dict[str, Schedule]:
+    """The schedules of a tuning file.
+
+    Args:
+        file: JSON, as `write_table` writes it.
+
+    Raises:
+        ConfigError: the file cannot be read, or an entry is no schedule.
+    """
+    try:
+        entries = json.loads(file.read_text("utf-8"))["schedules"]
+        return {key: _parse(value) for key, value in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: is not a file of W4A16 schedules: {error!r}") from None
+
+
+def write_table(file: Path, schedules: dict[str, Schedule], about: dict[str, Any]) -> None:
+    """Write a tuning file.
+
+    Args:
+        file: replaced as a whole.
+        schedules: by ``"<arch> <N>x<K> <tokens>"``.
+        about: device, versions, date.
+    """
+    entries = {key: {type(value).__name__: value._asdict()} for key, value in sorted(schedules.items())}
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps({**about, "schedules": entries}, indent=1) + "\n")
+    partial.replace(file)
+
+
+def _parse(entry: dict[str, dict[str, int]]) -> Schedule:
+    ((name, values),) = entry.items()
+    kinds: dict[str, type[SkinnySchedule] | type[WideSchedule]] = {
+        kind.__name__: kind for kind in (SkinnySchedule, WideSchedule)
+    }
+    schedule = kinds[name](**values)
+    allowed = {
+        "block_m": (8, 16) if isinstance(schedule, SkinnySchedule) else (32, 64, 128),
+        "block_n": (64, 128),
+        "num_warps": (4, 8),
+        "stages": range(1, 9),
+        "slots": range(2, 9),
+        "tiles": range(1, 1 << 20),
+    }
+    for option, value in schedule._asdict().items():
+        if type(value) is not int or value not in allowed[option]:
+            raise ValueError(f"{option} is {value!r}")
+    return schedule
