@@ -170,15 +170,15 @@ def load_groups(p_values, o_rows, first, s_group, m, GROUPS: gl.constexpr, ABSEN
 
 @gluon.jit
 def store_sum(
-    b_acc, first_n, first_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
+    b_acc, first_n, o_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
 ):
-    """Store a tile of out [M, N] from its transpose; with SPLIT_K > 1 only the last program to arrive does.
+    """Store rows o_m of out [M, N] from their transpose; with SPLIT_K > 1 only the last program to arrive does.
 
-    Which program that is changes from run to run; what it adds, and in which order, does not.
+    Which program that is changes from run to run; what it adds, and in which order, does not. Rows from M on
+    are left out.
     """
     ACC: gl.constexpr = b_acc.type.layout
     o_n = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, ACC))
-    o_m = first_m + gl.arange(0, b_acc.shape[1], layout=gl.SliceLayout(0, ACC))
     m_n = o_n < N
     m_out = gl.expand_dims(m_n, 1) & gl.expand_dims(o_m < M, 0)
     o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)

@@ -69,8 +69,20 @@ def _multiply_tile(
     return b_acc
 
 
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
-def skinny_kernel(
+@gluon.constexpr_function
+def _accumulator_layout(num_warps):
+    """Layout of out^T ``[BN, BM]``."""
+    return gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+
+
+@gluon.constexpr_function
+def _inputs_layout(num_warps):
+    """Layout in which tiles of x ``[BM, 128]`` are copied."""
+    return gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def _multiply_slice(
     p_x,
     p_tiles,
     p_scale,
@@ -80,10 +92,12 @@ def skinny_kernel(
     p_out,
     p_partials,
     p_arrived,
+    o_x,
+    m_x,
+    o_m,
     M,
     N,
     k_tiles,
-    s_xm,
     s_group,
     BM: gl.constexpr,
     BN: gl.constexpr,
@@ -92,20 +106,17 @@ def skinny_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
-    """out [M, N] = x W^T + bias, for M <= BM.
+    """This program's part of out = x W^T + bias, for BM rows of x.
 
-    x [M, K] with unit stride along K; tiles [N/64, k_tiles, 64, 16] words, k_tiles = K/128; scale and zero
-    [groups, N] with stride s_group; partials [SPLIT_K, M, N] fp32; arrived [N/BN] int32, zero before and
-    after. Grid (ceil(N/BN), SPLIT_K); a program takes TILES tiles of K, at least STAGES. GROUPS: groups of a
-    tile, 0 for one per row.
+    Args as in `skinny_kernel`, and: where the rows of x begin, which of them there are, and which rows of
+    out are theirs (M and above: none).
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     WORDS: gl.constexpr = words_layout(BN, NUM_WARPS)
     QUARTER: gl.constexpr = quarter_layout(BN, NUM_WARPS)
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [NUM_WARPS, 1], [16, 8])
+    ACC: gl.constexpr = _accumulator_layout(NUM_WARPS)
     HAS_ZERO: gl.constexpr = p_zero is not None
     dtype: gl.constexpr = p_x.dtype.element_ty
-    launch_dependents()
     i_n = gl.program_id(0)
     i_k = gl.program_id(1)
     first = i_k * TILES
@@ -138,18 +149,17 @@ def skinny_kernel(
             b_row_zero = (8,)
 
     wait_for_previous()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NUM_WARPS, 1], [1, 0])
+    X: gl.constexpr = _inputs_layout(NUM_WARPS)
     s_x = gl.allocate_shared_memory(dtype, [TILES, BM, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, X))
     o_k = first * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, X))
-    o_xm = gl.expand_dims(o_m.to(gl.int64) * s_xm, 1)
+    o_xm = gl.expand_dims(o_x, 1)
     for tile in gl.static_range(TILES):
-        m_x = gl.expand_dims((o_m < M) & (tile < count), 1)
+        m_row = gl.expand_dims(m_x & (tile < count), 1)
         if p_perm is None:
-            copy_to_shared(s_x.index(tile), p_x + o_xm + gl.expand_dims(o_k + tile * 128, 0), mask=m_x)
+            copy_to_shared(s_x.index(tile), p_x + o_xm + gl.expand_dims(o_k + tile * 128, 0), mask=m_row)
         else:
             b_k = gl.load(p_perm + o_k + tile * 128, mask=tile < count, other=0)
-            s_x.index(tile).store(gl.load(p_x + o_xm + gl.expand_dims(b_k, 0), mask=m_x, other=0.0))
+            s_x.index(tile).store(gl.load(p_x + o_xm + gl.expand_dims(b_k, 0), mask=m_row, other=0.0))
         async_copy.commit_group()
 
     b_acc = gl.zeros((BN, BM), gl.float32, layout=ACC)
@@ -191,4 +201,165 @@ def skinny_kernel(
 
     if GROUPS == 0:
         b_acc *= gl.expand_dims(b_row_scale.to(gl.float32), 1)
-    store_sum(b_acc, i_n * BN, 0, i_k, i_n, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K)
+    store_sum(b_acc, i_n * BN, o_m, i_k, i_n, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K)
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+def skinny_kernel(
+    p_x,
+    p_tiles,
+    p_scale,
+    p_zero,
+    p_perm,
+    p_bias,
+    p_out,
+    p_partials,
+    p_arrived,
+    M,
+    N,
+    k_tiles,
+    s_xm,
+    s_group,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    TILES: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """out [M, N] = x W^T + bias, for M <= BM.
+
+    x [M, K] with unit stride along K; tiles [N/64, k_tiles, 64, 16] words, k_tiles = K/128; scale and zero
+    [groups, N] with stride s_group; partials [SPLIT_K, M, N] fp32; arrived [N/BN] int32, zero before and
+    after. Grid (ceil(N/BN), SPLIT_K); a program takes TILES tiles of K, at least STAGES. GROUPS: groups of a
+    tile, 0 for one per row.
+    """
+    launch_dependents()
+    o_row = gl.arange(0, BM, layout=gl.SliceLayout(1, _inputs_layout(gl.num_warps())))
+    _multiply_slice(
+        p_x,
+        p_tiles,
+        p_scale,
+        p_zero,
+        p_perm,
+        p_bias,
+        p_out,
+        p_partials,
+        p_arrived,
+        o_row.to(gl.int64) * s_xm,
+        o_row < M,
+        gl.arange(0, BM, layout=gl.SliceLayout(0, _accumulator_layout(gl.num_warps()))),
+        M,
+        N,
+        k_tiles,
+        s_group,
+        BM,
+        BN,
+        TILES,
+        SPLIT_K,
+        STAGES,
+        GROUPS,
+    )
+
+
+@gluon.jit
+def _slots_of(o_x, o_m, p_expert, expert, i_slot, slots, SEARCH: gl.constexpr):
+    """The slots of a program's rows, ``slots`` for rows without one, and whether the program has any.
+
+    Of the slots of one expert the first takes as many as a program has rows, and so does the next one after
+    them; programs of the slots in between have nothing to do. Without SEARCH every slot is alone.
+    """
+    b_x = gl.where(o_x == 0, i_slot, slots)
+    b_m = gl.where(o_m == 0, i_slot, slots)
+    is_first = True
+    if SEARCH > 0:
+        BM: gl.constexpr = o_m.shape[0]
+        # Every warp holds all slots, so that none needs another one.
+        SLOTS: gl.constexpr = gl.BlockedLayout([SEARCH // 32], [32], [gl.num_warps()], [0])
+        o_s = gl.arange(0, SEARCH, layout=SLOTS)
+        m_same = (o_s < slots) & (gl.load(p_expert + o_s, mask=o_s < slots, other=0) == expert)
+        is_first = gl.sum((m_same & (o_s < i_slot)).to(gl.int32)) % BM == 0
+        next_slot = i_slot
+        for row in gl.static_range(1, BM):
+            next_slot = gl.min(gl.where(m_same & (o_s > next_slot), o_s, slots))
+            b_x = gl.where(o_x == row, next_slot, b_x)
+            b_m = gl.where(o_m == row, next_slot, b_m)
+    return b_x, b_m, is_first
+
+
+@gluon.jit
+def _store_zeros(p_row, first_n, N, BN: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    o_n = first_n + gl.arange(0, BN, layout=LAYOUT)
+    gl.store(p_row + o_n, gl.zeros((BN,), p_row.dtype.element_ty, layout=LAYOUT), mask=o_n < N)
+
+
+@gluon.jit(do_not_specialize=["slots", "experts", "slots_per_row", "k_tiles"])
+def experts_kernel(
+    p_x,
+    p_tiles,
+    p_scale,
+    p_zero,
+    p_expert,
+    p_bias,
+    p_out,
+    p_partials,
+    p_arrived,
+    slots,
+    experts,
+    slots_per_row,
+    N,
+    k_tiles,
+    s_xm,
+    s_expert,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    TILES: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SEARCH: gl.constexpr,
+):
+    """out[s] = x[s // slots_per_row] W[expert[s]]^T + bias[expert[s]]; zeros for an expert that is not there.
+
+    As `skinny_kernel`, with tiles [experts, N/64, k_tiles, 64, 16]; scale and zero [experts, groups, N], an
+    expert's s_expert elements apart; expert integer [slots]; bias [experts, N]; partials [SPLIT_K, slots, N];
+    arrived [slots, ceil(N/BN)]. Grid (ceil(N/BN), SPLIT_K, slots). SEARCH: a power of two from 32 and from
+    the number of slots on, with which slots of the same expert share its weights; 0 if each reads its own.
+    """
+    launch_dependents()
+    # The previous kernel may be the one that chooses the experts.
+    wait_for_previous()
+    i_slot = gl.program_id(2)
+    expert = gl.load(p_expert + i_slot).to(gl.int64)
+    if (expert >= 0) & (expert < experts):
+        o_x = gl.arange(0, BM, layout=gl.SliceLayout(1, _inputs_layout(gl.num_warps())))
+        o_m = gl.arange(0, BM, layout=gl.SliceLayout(0, _accumulator_layout(gl.num_warps())))
+        b_x, b_m, is_first = _slots_of(o_x, o_m, p_expert, expert, i_slot, slots, SEARCH)
+        if is_first:
+            _multiply_slice(
+                p_x,
+                p_tiles + expert * (N // 64) * k_tiles * 1024,
+                p_scale + expert * s_expert,
+                None if p_zero is None else p_zero + expert * s_expert,
+                None,
+                None if p_bias is None else p_bias + expert * N,
+                p_out,
+                p_partials,
+                p_arrived + i_slot * gl.num_programs(0),
+                (b_x // slots_per_row).to(gl.int64) * s_xm,
+                b_x < slots,
+                b_m,
+                slots,
+                N,
+                k_tiles,
+                N,
+                BM,
+                BN,
+                TILES,
+                SPLIT_K,
+                STAGES,
+                GROUPS,
+            )
+    elif gl.program_id(1) == 0:
+        _store_zeros(p_out + i_slot.to(gl.int64) * N, gl.program_id(0) * BN, N, BN)

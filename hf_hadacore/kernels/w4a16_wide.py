@@ -201,7 +201,7 @@ def _consume(
         store_sum(
             b_acc,
             first_n,
-            i_m * BM,
+            i_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, ACC)),
             i_k,
             i_tile * 2 + i_warpgroup,
             p_bias,
