@@ -211,6 +211,7 @@ class HadaCoreLinear(nn.Linear):
             for values in self._group_values():
                 values.data = values.contiguous()
             self._is_tiled = False
+            self._group = None
 
     def _weight_for_cpu(self) -> CpuPackedWeight:
         if self._cpu_weight is not None:

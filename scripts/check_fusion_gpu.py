@@ -36,7 +36,7 @@ from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation, 
 from hf_hadacore.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from hf_hadacore.kernels.rope import rope, rope_into_cache, rope_reference
 
-CASES = 160
+CASES = 96
 MODELS = ("llama", "qwen3", "gemma3_text", "mixtral")
 FORMULAS = ((0.0, True), (1.0, False), (0.0, False))
 EPS = 1e-5
@@ -79,8 +79,11 @@ def norm_case(draw: random.Random, dtype: torch.dtype) -> dict[str, float]:
     eager = rms_norm_reference(total, weight, EPS, offset, round_first)
     wide = total.double()
     exact = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * (offset + weight.double())
-    spacing = torch.finfo(dtype).eps * (1 if dtype != torch.float32 else 4) * eager.double().abs()
-    assert ((y.double() - eager).abs() <= spacing + 1e-7).all(), "more than one unit from eager code"
+    # Sums in another order may move a value that is rounded before the weight by a unit, and the result's own
+    # rounding may move it by another.
+    units = 4 if dtype == torch.float32 else 2 if round_first else 1
+    spacing = torch.finfo(dtype).eps * units * eager.double().abs()
+    assert ((y.double() - eager).abs() <= spacing + 1e-7).all(), f"more than {units} unit(s) from eager code"
     return {"ours": error(y, exact), "eager": error(eager, exact), "elements": y.numel()}
 
 

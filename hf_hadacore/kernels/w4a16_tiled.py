@@ -19,7 +19,7 @@ from .w4a16_tiles import TILE_INPUTS, TILE_ROWS, from_tiles, is_tileable
 
 _GROUPS_PER_TILE = {32: 4, 64: 2, 128: 1, -1: 0}
 _DTYPES = (torch.float16, torch.bfloat16)
-# Arrival counters of one stream: products with more tiles of outputs than this are not split.
+# Arrival counters of one stream: K is not split for products with more tiles of outputs than this.
 _COUNTERS = 1 << 16
 
 torch.library.define(
@@ -212,6 +212,8 @@ def launch(
         schedule: how the product is cut; a `SkinnySchedule` takes at most its `block_m` tokens.
     """
     (m, k), n = x.shape, out.shape[1]
+    if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
+        schedule = schedule._replace(tiles=k // TILE_INPUTS)
     groups = _GROUPS_PER_TILE[group_size]
     k_tiles = k // TILE_INPUTS
     split_k = -(-k_tiles // schedule.tiles)
