@@ -88,7 +88,7 @@ def export_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=gguf.name)
         # What was read is ordinary weights now; transformers refuses to save it while it says GGUF.
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         complete = Path(temporary) / "checkpoint"
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
