@@ -30,7 +30,8 @@ from .fusion_probes import (
 from .kernels.gated_activation import gated_activation
 from .kernels.rms_norm import add_rms_norm, rms_norm
 from .kernels.rope import rope, rope_into_cache
-from .linear import HadaCoreLinear, forward_together
+from .linear import HadaCoreLinear
+from .linear_group import forward_together
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -66,6 +67,23 @@ def fuse(model: nn.Module) -> dict[str, int]:
     _link(model)
     kinds = {"norms": FusedNorm, "mlps": FusedMlp, "attentions": FusedAttention, "layers": FusedDecoderLayer}
     return {name: sum(isinstance(m, kind) for m in model.modules()) for name, kind in kinds.items()}
+
+
+def joined_layers(model: nn.Module) -> list[list[HadaCoreLinear]]:
+    """The layers that fused modules call together because they read the same input.
+
+    Args:
+        model: fused.
+    """
+    names = [
+        (
+            module,
+            module.formula.projections if isinstance(module, FusedMlp) else ("q_proj", "k_proj", "v_proj"),
+        )
+        for module in model.modules()
+        if isinstance(module, FusedMlp | FusedAttention)
+    ]
+    return [layers for layers in (_int4_layers(*pair) for pair in names) if layers is not None]
 
 
 def unfuse(model: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """HadaCoreLinear: an `nn.Linear` whose weight is stored as int4."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from .solvers.rtn import quantize_weight
 
 if TYPE_CHECKING:
     from .config import HadaCoreConfig
+    from .linear_group import LinearGroup
 
 
 class HadaCoreLinear(nn.Linear):
@@ -82,7 +82,7 @@ class HadaCoreLinear(nn.Linear):
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
         self._cpu_weight: CpuPackedWeight | None = None
         self._is_tiled = False
-        self._group: _Group | None = None
+        self._group: LinearGroup | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: "HadaCoreConfig", *, name: str = "") -> "HadaCoreLinear":
@@ -157,7 +157,7 @@ class HadaCoreLinear(nn.Linear):
         if not self._is_tiled:
             if self._decodes_on_cpu(input):
                 return w4a16_decode_cpu(input, self._weight_for_cpu(), self.bias)
-            if _may_change_weights():
+            if may_change_weights():
                 self.prepare()
         product = w4a16_tiled if self._is_tiled else w4a16_linear
         return product(
@@ -268,103 +268,7 @@ class HadaCoreLinear(nn.Linear):
         )
 
 
-def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of several layers for the same input, in one launch where that is possible.
-
-    The first call moves the weights of the layers next to each other; the layers keep working alone.
-
-    Args:
-        layers: `HadaCoreLinear` or other modules.
-        x: ``[..., K]``.
-
-    Returns:
-        The outputs ``[..., N]``, one for each layer; views of one tensor where they were made in one launch.
-    """
-    group = _group_of(layers)
-    if group is None:
-        return [layer(x) for layer in layers]
-    weight = group.weight
-    y = w4a16_tiled(
-        x, weight.packed, weight.scale, weight.zero, None, group.bias, group_size=weight.group_size
-    )
-    return list(y.split(group.sizes, dim=-1))
-
-
-class _Group:
-    """The concatenated weights of several layers, of which the layers' Parameters are views."""
-
-    def __init__(self, layers: tuple[HadaCoreLinear, ...]):
-        self.layers = layers
-        self.sizes = [layer.out_features for layer in layers]
-        first = layers[0]
-        zero = None
-        scale = _join_columns([layer.weight_scale for layer in layers])
-        if first.weight_zero is not None:
-            zero = _join_columns([layer.weight_zero for layer in layers])
-        packed = torch.cat([layer.weight.data for layer in layers])
-        self.weight = Int4Weight(packed, scale, zero, first.group_size)
-        self.bias = None
-        if any(layer.bias is not None for layer in layers):
-            zeros = [first.weight_scale.new_zeros(size) for size in self.sizes]
-            self.bias = torch.cat(
-                [z if layer.bias is None else layer.bias.data for layer, z in zip(layers, zeros, strict=True)]
-            )
-        for layer, *parts in zip(layers, *(t.split(self.sizes) for t in (packed, scale)), strict=True):
-            layer.weight.data, layer.weight_scale.data = parts
-        if zero is not None:
-            for layer, part in zip(layers, zero.split(self.sizes), strict=True):
-                layer._group_values()[1].data = part
-        self._places = [layer.weight.data_ptr() for layer in layers]
-
-    def is_intact(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether the Parameters of these layers still are the views that this group made of them."""
-        return (
-            len(layers) == len(self.layers)
-            and all(a is b and b._is_tiled for a, b in zip(layers, self.layers, strict=True))
-            and [layer.weight.data_ptr() for layer in self.layers] == self._places
-        )
-
-
-def _join_columns(values: list[Any]) -> torch.Tensor:
-    """Concatenate ``[N, G]`` tensors along N, with contiguous columns."""
-    return torch.cat([value.data.t() for value in values], dim=1).t()
-
-
-def _group_of(layers: Sequence[nn.Module]) -> _Group | None:
-    """The group of some layers, made if they can have one."""
-    first = layers[0]
-    if type(first) is not HadaCoreLinear:
-        return None
-    group = first._group
-    if torch.compiler.is_compiling():
-        return None
-    if group is not None and group.is_intact(layers):
-        return group
-    if not _may_change_weights() or not all(type(layer) is HadaCoreLinear for layer in layers):
-        return None
-    members = tuple(layer for layer in layers if isinstance(layer, HadaCoreLinear))
-    for layer in members:
-        layer.prepare()
-    kinds = {
-        (
-            layer._is_tiled,
-            layer._is_offloaded(),
-            layer.in_features,
-            layer.group_size,
-            layer.weight_zero is None,
-            layer.weight.device,
-            layer.weight_scale.dtype,
-            layer.bias is None or (layer.bias.dtype, layer.bias.requires_grad),
-        )
-        for layer in members
-    }
-    if len(kinds) != 1 or not first._is_tiled or first._is_offloaded():
-        return None
-    first._group = _Group(members)
-    return first._group
-
-
-def _may_change_weights() -> bool:
+def may_change_weights() -> bool:
     """Whether Parameters may be reordered now: not while a graph is traced or captured."""
     if torch.compiler.is_compiling():
         return False

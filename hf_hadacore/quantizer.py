@@ -12,14 +12,17 @@ from . import compat, int4, integrity
 from .config import HadaCoreConfig
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
 from .experts import HadaCoreExperts, dequantize_experts, swap_experts
-from .fusion import fuse, unfuse
+from .fusion import fuse, joined_layers, unfuse
 from .generation import disable_cuda_graphs, enable_cuda_graphs
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
+from .linear_group import compile_ahead
 from .solvers.rtn import quantize_weight
 
 logger = logging.get_logger(__name__)
 
+# A step of one sequence, and a short prompt.
+_TOKENS_COMPILED_AHEAD = (1, 128)
 _SUFFIXES = ("", "_scale", "_zero")
 
 
@@ -207,6 +210,7 @@ class HadaCoreHfQuantizer(HfQuantizer):
                 module.prepare()
         if any(parameter.device.type == "cuda" for parameter in model.parameters()):
             fuse(model)
+            compile_ahead(model, joined_layers(model), _TOKENS_COMPILED_AHEAD)
         if self.quantization_config.cuda_graphs:
             enable_cuda_graphs(model)
         return model

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ._version import __version__
 from .errors import UnsupportedError
 from .kernels import w4a16_schedules as schedules
-from .kernels import w4a16_tiled
 from .kernels.measure import copies_to_rotate, graph_time
+from .kernels.w4a16_launch import launch
+from .kernels.w4a16_tiled import prefers_tiles
 from .kernels.w4a16_tiles import is_tileable
 
 DEFAULT_TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
@@ -48,9 +49,7 @@ def tune(
     Raises:
         UnsupportedError: there is no Hopper GPU, or a shape does not consist of whole tiles.
     """
-    if not torch.cuda.is_available() or not w4a16_tiled.prefers_tiles(
-        torch.device("cuda", 0), 64, 128, group_size
-    ):
+    if not torch.cuda.is_available() or not prefers_tiles(torch.device("cuda", 0), 64, 128, group_size):
         raise UnsupportedError("tuning needs a Hopper GPU (compute capability 9.0) and Triton with Gluon")
     problems = [(n, k, schedules.bucket(m)) for n, k in shapes for m in tokens]
     for n, k, _ in problems:
@@ -102,7 +101,7 @@ class _Problem:
 
     def run(self, index: int, schedule: schedules.Schedule) -> None:
         weight = self.weights[index]
-        w4a16_tiled.launch(self.x, *weight, None, None, self.group_size, self.out, schedule)
+        launch(self.x, *weight, None, None, self.group_size, self.out, schedule)
 
     def time(self, schedule: schedules.Schedule) -> float:
         calls = [partial(self.run, index, schedule) for index in range(len(self.weights))]

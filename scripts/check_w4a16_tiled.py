@@ -27,7 +27,8 @@ import hf_hadacore
 from hf_hadacore import int4
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels import w4a16_schedules as schedules
-from hf_hadacore.kernels.w4a16_tiled import launch, w4a16_tiled
+from hf_hadacore.kernels.w4a16_launch import launch
+from hf_hadacore.kernels.w4a16_tiled import w4a16_tiled
 from hf_hadacore.kernels.w4a16_tiles import to_tiles
 
 VARIANTS = 100

@@ -25,7 +25,7 @@ class FakeProblem:
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuning.w4a16_tiled, "prefers_tiles", lambda *_: True)
+    monkeypatch.setattr(tuning, "prefers_tiles", lambda *_: True)
     monkeypatch.setattr(tuning, "_Problem", FakeProblem)
     monkeypatch.setattr(tuning, "_compile_all", lambda jobs, progress: None)
 

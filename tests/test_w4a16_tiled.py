@@ -1,7 +1,8 @@
-"""The tile order, the op that reads it (its reference: CI has no GPU), its schedules, and layers that use it."""
+"""The tile order, the op that reads it (its reference: CI has no GPU), its schedules, layers that use it."""
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from torch.library import opcheck
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, linear
 from hf_hadacore.errors import ConfigError, FormatError
+from hf_hadacore.kernels import w4a16_launch, w4a16_tiles
 from hf_hadacore.kernels import w4a16_schedules as schedules
-from hf_hadacore.kernels import w4a16_tiles
 from hf_hadacore.kernels.w4a16_tiled import prefers_tiles, w4a16_tiled
 from hf_hadacore.kernels.w4a16_tiles import from_tiles, to_tiles
-from hf_hadacore.linear import forward_together
+from hf_hadacore.linear_group import compile_ahead, forward_together
 
 
 def tiled_weight(n: int, k: int, group_size: int, symmetric: bool, dtype: torch.dtype):
@@ -153,7 +154,7 @@ def test_tuning_files(tmp_path, monkeypatch):
         "[]",
         '{"schedules": []}',
         '{"schedules": {"sm90 64x128 1": {"WideSchedule": {"block_m": 64, "tiles": 1, "stages": 3}}}}',
-        '{"schedules": {"sm90 64x128 1": {"WideSchedule": {"block_m": 7, "tiles": 1, "stages": 3, "slots": 4}}}}',
+        '{"schedules": {"a": {"WideSchedule": {"block_m": 7, "tiles": 1, "stages": 3, "slots": 4}}}}',
         '{"schedules": {"sm90 64x128 1": {"Path": {"block_m": 64}}}}',
     ],
 )
@@ -182,6 +183,29 @@ def tiled_layers(monkeypatch):
         return [HadaCoreLinear.from_linear(nn.Linear(k, n, bias), config) for n in sizes]
 
     return make
+
+
+def test_layers_compile_ahead_what_they_will_launch(tiled_layers, monkeypatch):
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def warmup(self, *arguments, grid, num_warps, launch_pdl):
+            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+            assert launch_pdl and all(tensor.is_meta for tensor in tensors)
+            compiled.append((self.name, *next(t.shape for t in tensors if t.dtype == torch.int32)))
+
+    compiled = []
+    monkeypatch.setattr(w4a16_launch, "_kernel", Kernel)
+    monkeypatch.setattr(w4a16_launch, "processors_of", lambda _: 132)
+    monkeypatch.setattr(w4a16_launch, "on_device", lambda _: nullcontext())
+    layers = [layer.half() for layer in tiled_layers(128, 64, 192, bias=False)]
+    for layer in layers:
+        layer.prepare()
+    compile_ahead(nn.ModuleList(layers), [layers[:2]], (1, 100))
+    # The two joined layers have the shape of the third, so there is one kernel of each kind.
+    assert sorted(compiled) == [("skinny", 192, 32), ("wide", 192, 32)]
+    assert layers[0]._group is not None
 
 
 def stored(layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -172,7 +172,7 @@ def load_groups(p_values, o_rows, first, s_group, m, GROUPS: gl.constexpr, ABSEN
 def store_sum(
     b_acc, first_n, o_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
 ):
-    """Store rows o_m of out [M, N] from their transpose; with SPLIT_K > 1 only the last program to arrive does.
+    """Store rows o_m of out [M, N] from their transpose; with SPLIT_K > 1 only the last program does.
 
     Which program that is changes from run to run; what it adds, and in which order, does not. Rows from M on
     are left out.

@@ -1,0 +1,222 @@
+"""How the Hopper W4A16 kernels are launched, and compiled ahead."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import int4
+from . import w4a16_schedules as schedules
+from .w4a16_tiles import TILE_INPUTS
+
+# Groups of a tile by group size; 0 stands for one group per row.
+GROUPS_PER_TILE = {32: 4, 64: 2, 128: 1, -1: 0}
+# Arrival counters of one stream: K is not split for products with more tiles of outputs than this.
+_COUNTERS = 1 << 16
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one; nothing where it is already, which is cheaper."""
+    return nullcontext() if device.index in (None, torch.cuda.current_device()) else torch.cuda.device(device)
+
+
+@cache
+def processors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def launch(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    out: torch.Tensor,
+    schedule: schedules.Schedule,
+) -> None:
+    """Run one of the kernels.
+
+    Args:
+        x: fp16 or bf16 ``[M, K]``, any strides, M > 0.
+        tiles, scale, zero, input_perm, bias, group_size: as in `w4a16_tiled`.
+        out: ``[M, N]`` contiguous, in the dtype of x; every element is written.
+        schedule: how the product is cut; a `SkinnySchedule` takes at most its `block_m` tokens.
+    """
+    (m, k), n = x.shape, out.shape[1]
+    if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
+        schedule = schedule._replace(tiles=k // TILE_INPUTS)
+    groups = GROUPS_PER_TILE[group_size]
+    k_tiles = k // TILE_INPUTS
+    split_k = -(-k_tiles // schedule.tiles)
+    is_skinny = isinstance(schedule, schedules.SkinnySchedule)
+    if input_perm is not None and not is_skinny:
+        x, input_perm = x.index_select(1, input_perm), None
+    # Both kernels copy x in aligned pieces of 16 bytes.
+    s_xm = x.stride(0) if m > 1 else k
+    if x.stride(1) != 1 or s_xm % 16 or x.data_ptr() % 16:
+        x, s_xm = x.clone(memory_format=torch.contiguous_format), k
+    partials = arrived = out
+    if split_k > 1:
+        partials = torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+        arrived = partials if x.is_meta else _arrival_counters(x.device)
+    tensors = (tiles, scale, zero)
+    ends = (bias, out, partials, arrived)
+    s_group = scale.stride(1) if scale.shape[1] > 1 else n
+    arguments: tuple[Any, ...]
+    constants: tuple[int, ...]
+    if isinstance(schedule, schedules.SkinnySchedule):
+        grid = (-(-n // schedule.block_n), split_k, 1)
+        arguments = (x, *tensors, input_perm, *ends, m, n, k_tiles, s_xm, s_group)
+        constants = (
+            schedule.block_m,
+            schedule.block_n,
+            schedule.tiles,
+            split_k,
+            schedule.stages,
+            groups,
+        )
+        _run("skinny", arguments, constants, grid, schedule.num_warps)
+    else:
+        n_tiles, m_tiles = -(-n // 128), -(-m // schedule.block_m)
+        grid = (n_tiles * m_tiles, split_k, 1)
+        descriptor = _describe(x, s_xm, schedule.block_m, 64 if groups == 4 else 128)
+        arguments = (descriptor, *tensors, *ends, m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group)
+        constants = (schedule.block_m, split_k, schedule.stages, schedule.slots, groups)
+        _run("wide", arguments, constants, grid, 4)
+
+
+@cache
+def _kernel(name: str) -> Any:
+    if name == "skinny":
+        from .w4a16_skinny import skinny_kernel
+
+        return skinny_kernel
+    from .w4a16_wide import wide_kernel
+
+    return wide_kernel
+
+
+def _describe(x: torch.Tensor, s_xm: int, block_m: int, swizzle: int) -> Any:
+    """The TMA descriptor of x, whose rows are s_xm elements apart."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), [s_xm, 1], [block_m, TILE_INPUTS], _shared_layout(swizzle))
+
+
+@cache
+def _shared_layout(swizzle: int) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle, 16, 2)
+
+
+class Product(NamedTuple):
+    """What decides which kernels a layer's products need, see `compile_ahead`.
+
+    Attributes:
+        out_features, in_features: N and K.
+        group_size: g, or -1.
+        dtype: of x, scales and bias: fp16 or bf16.
+        has_zero, has_bias: whether there are zeros and a bias.
+    """
+
+    out_features: int
+    in_features: int
+    group_size: int
+    dtype: torch.dtype
+    has_zero: bool
+    has_bias: bool
+
+
+def compile_ahead(products: Iterable[Product], tokens: Iterable[int], device: torch.device) -> None:
+    """Compile the kernels of some products side by side, without running anything.
+
+    Args:
+        products: what will be called; all must be in tile order.
+        tokens: numbers of tokens of the calls.
+        device: a Hopper GPU.
+    """
+    import triton
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    processors = processors_of(device.index or 0)
+    calls = [(product, m) for product in dict.fromkeys(products) for m in tokens]
+    with on_device(device), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        for (n, k, group_size, dtype, has_zero, has_bias), m in calls:
+            groups = int4.num_groups(k, group_size)
+            launch(
+                empty(m, k, dtype=dtype),
+                empty(n, k // int4.NIBBLES_PER_WORD, dtype=torch.int32),
+                empty(groups, n, dtype=dtype).t(),
+                empty(groups, n, dtype=torch.uint8).t() if has_zero else None,
+                None,
+                empty(n, dtype=dtype) if has_bias else None,
+                group_size,
+                empty(m, n, dtype=dtype),
+                schedules.choose(m, n, k, "sm90", processors),
+            )
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _run(
+    name: str,
+    arguments: tuple[Any, ...],
+    constants: tuple[int, ...],
+    grid: tuple[int, int, int],
+    num_warps: int,
+) -> None:
+    """Launch a kernel; the second time without Triton's own look-up, which takes longer than everything else.
+
+    With meta tensors it is only compiled. The key holds whatever a compiled kernel may depend on: dtypes and
+    absence of tensors, whether they are aligned to 16 bytes, and whether sizes are multiples of 16.
+    """
+    options = {"num_warps": num_warps, "launch_pdl": True}
+    if arguments[1].is_meta:
+        _kernel(name).warmup(*arguments, *constants, grid=grid, **options)
+        return
+    key = (
+        name,
+        constants,
+        num_warps,
+        torch.cuda.current_device(),
+        *(
+            (a.dtype, a.data_ptr() % 16 == 0)
+            if isinstance(a, torch.Tensor)
+            else a % 16 == 0 or (a == 1 and "1")
+            if isinstance(a, int)
+            else a is None or a.base.dtype
+            for a in arguments
+        ),
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants)
+        return
+    kernel = _kernel(name)
+    _compiled[key] = kernel[grid](*arguments, *constants, **options)
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _arrival_counters(device: torch.device) -> torch.Tensor:
+    """Counters of the programs that share an output tile: zero between kernels, one set for each stream.
+
+    Products on different streams must not share them. During a graph capture new ones belong to the graph.
+    """
+    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    counters = _counters.get(key)
+    if counters is None:
+        counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _counters[key] = counters
+    return counters
