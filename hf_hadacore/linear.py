@@ -1,6 +1,6 @@
 """HadaCoreLinear: an `nn.Linear` whose weight is stored as int4."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,25 +10,23 @@ from .errors import FormatError
 from .int4 import Int4Weight
 from .kernels.w4a16 import w4a16_linear
 from .kernels.w4a16_cpu import MAX_DECODE_TOKENS, CpuPackedWeight, pack_for_cpu, w4a16_decode_cpu
-from .kernels.w4a16_tiled import prefers_tiles, w4a16_tiled
-from .kernels.w4a16_tiles import from_tiles, to_tiles
+from .kernels.w4a16_tiled import w4a16_tiled
 from .solvers.rtn import quantize_weight
+from .tile_order import TileOrdered, may_reorder_weights
 
 if TYPE_CHECKING:
     from .config import HadaCoreConfig
     from .linear_group import LinearGroup
 
 
-class HadaCoreLinear(nn.Linear):
+class HadaCoreLinear(TileOrdered, nn.Linear):
     """y = x W^T + bias with W stored in the int4 format of `hf_hadacore.int4`.
 
     Only Parameters are held (no buffers), output-major, so that transformers' tensor
     parallelism can shard them; none of the int4 tensors requires a gradient. The gradient
     with respect to x is defined, so adapters can be trained on top.
 
-    On a GPU whose kernels want another order of the nibbles (`prepare`), `weight` is kept in that order and
-    the columns of scales and zeros are contiguous. Nobody sees it from outside: `state_dict`, `int4_weight`,
-    copies and moves to another device all give the format of `hf_hadacore.int4`.
+    On a GPU whose kernels want another order of the nibbles, `weight` is kept in that order: `TileOrdered`.
 
     Attributes:
         weight: int32 ``[N, K/8]``; read it through `int4_weight`.
@@ -81,7 +79,6 @@ class HadaCoreLinear(nn.Linear):
         self.register_parameter("weight_zero", None if symmetric else empty(groups, torch.uint8))
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
         self._cpu_weight: CpuPackedWeight | None = None
-        self._is_tiled = False
         self._group: LinearGroup | None = None
 
     @classmethod
@@ -130,8 +127,7 @@ class HadaCoreLinear(nn.Linear):
 
     def int4_weight(self) -> Int4Weight:
         """The weight in the format of `hf_hadacore.int4`; a view of the Parameters where that is possible."""
-        packed = from_tiles(self.weight) if self._is_tiled else self.weight
-        return Int4Weight(packed, self.weight_scale, self.weight_zero, self.group_size)
+        return self._ordered_weight("weight")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The layer as an ordinary `nn.Linear` with the weight that is stored.
@@ -157,7 +153,7 @@ class HadaCoreLinear(nn.Linear):
         if not self._is_tiled:
             if self._decodes_on_cpu(input):
                 return w4a16_decode_cpu(input, self._weight_for_cpu(), self.bias)
-            if may_change_weights():
+            if may_reorder_weights():
                 self.prepare()
         product = w4a16_tiled if self._is_tiled else w4a16_linear
         return product(
@@ -186,32 +182,19 @@ class HadaCoreLinear(nn.Linear):
         byte each, made here or at the first call. On a Hopper GPU the weight itself is put in the order of
         `kernels.w4a16_tiles`. Elsewhere there is nothing to do.
         """
-        device = self.weight.device
-        if device.type == "cpu" and self.weight_scale.dtype == torch.bfloat16:
+        if self.weight.device.type == "cpu" and self.weight_scale.dtype == torch.bfloat16:
             self._weight_for_cpu()
-        elif not (self._is_tiled or self._is_offloaded()) and prefers_tiles(
-            device, self.out_features, self.in_features, self.group_size
-        ):
-            self.weight.data = to_tiles(self.weight)
-            for values in self._group_values():
-                values.data = values.t().contiguous().t()
-            self._is_tiled = True
+        else:
+            self._use_tiles()
 
-    def _group_values(self) -> list[nn.Parameter]:
-        return [values for values in (self.weight_scale, self.weight_zero) if values is not None]
-
-    def _is_offloaded(self) -> bool:
-        """Whether accelerate brings the weights in for each call."""
-        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+    def _weight_names(self) -> tuple[str, ...]:
+        return ("weight",)
 
     def _restore_order(self) -> None:
-        """Undo what `prepare` did to the Parameters."""
+        self._cpu_weight = None
         if self._is_tiled:
-            self.weight.data = from_tiles(self.weight)
-            for values in self._group_values():
-                values.data = values.contiguous()
-            self._is_tiled = False
             self._group = None
+        super()._restore_order()
 
     def _weight_for_cpu(self) -> CpuPackedWeight:
         if self._cpu_weight is not None:
@@ -222,43 +205,8 @@ class HadaCoreLinear(nn.Linear):
             self._cpu_weight = packed
         return packed
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("weight", "weight_scale", "weight_zero"):
-            self._cpu_weight = None
-            self._is_tiled = False
-        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch's annotation is too narrow
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._cpu_weight = None
-        self._restore_order()
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._is_tiled:
-            destination[prefix + "weight"] = from_tiles(self.weight)
-            for name in ("weight_scale", "weight_zero"):
-                if prefix + name in destination:
-                    destination[prefix + name] = destination[prefix + name].contiguous()
-
-    def _apply(self, fn, recurse=True):
-        self._cpu_weight = None
-        self._restore_order()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_cpu_weight": None, "_group": None, "_is_tiled": False}
-        if self._is_tiled:
-            weight = self.int4_weight()
-            parameters = zip(("weight", "weight_scale", "weight_zero"), weight[:3], strict=True)
-            state["_parameters"] = {
-                **self._parameters,
-                **{
-                    name: None if value is None else nn.Parameter(value.contiguous(), requires_grad=False)
-                    for name, value in parameters
-                },
-            }
-        return state
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cpu_weight": None, "_group": None}
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.weight_zero is None else "asymmetric"
@@ -266,10 +214,3 @@ class HadaCoreLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, int4 {kind}, group_size={self.group_size}"
         )
-
-
-def may_change_weights() -> bool:
-    """Whether Parameters may be reordered now: not while a graph is traced or captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -10,7 +10,8 @@ from .int4 import Int4Weight
 from .kernels.w4a16_launch import Product
 from .kernels.w4a16_launch import compile_ahead as compile_products
 from .kernels.w4a16_tiled import w4a16_tiled
-from .linear import HadaCoreLinear, may_change_weights
+from .linear import HadaCoreLinear
+from .tile_order import may_reorder_weights
 
 
 def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -91,7 +92,7 @@ class LinearGroup:
             layer.weight.data, layer.weight_scale.data = parts
         if zero is not None:
             for layer, part in zip(layers, zero.split(self.sizes), strict=True):
-                layer._group_values()[1].data = part
+                layer._group_values("weight")[1].data = part
         self._places = [layer.weight.data_ptr() for layer in layers]
 
     def is_intact(self, layers: Sequence[nn.Module]) -> bool:
@@ -118,7 +119,7 @@ def _group_of(layers: Sequence[nn.Module]) -> LinearGroup | None:
         return None
     if group is not None and group.is_intact(layers):
         return group
-    if not may_change_weights() or not all(type(layer) is HadaCoreLinear for layer in layers):
+    if not may_reorder_weights() or not all(type(layer) is HadaCoreLinear for layer in layers):
         return None
     members = tuple(layer for layer in layers if isinstance(layer, HadaCoreLinear))
     for layer in members:

@@ -12,7 +12,7 @@ from kernel_helpers import exact_product, in_floors, random_weight
 from torch import nn
 from torch.library import opcheck
 
-from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, linear
+from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, tile_order
 from hf_hadacore.errors import ConfigError, FormatError
 from hf_hadacore.kernels import w4a16_launch, w4a16_tiles
 from hf_hadacore.kernels import w4a16_schedules as schedules
@@ -176,7 +176,9 @@ def test_tiles_are_for_hopper():
 @pytest.fixture
 def tiled_layers(monkeypatch):
     """Makes layers that use tiles on the CPU, where the op runs its reference."""
-    monkeypatch.setattr(linear, "prefers_tiles", lambda device, *shape: w4a16_tiles.is_tileable(*shape[:2]))
+    monkeypatch.setattr(
+        tile_order, "prefers_tiles", lambda device, *shape: w4a16_tiles.is_tileable(*shape[:2])
+    )
 
     def make(*sizes: int, bias: bool = True, group_size: int = 64, k: int = 256) -> list[HadaCoreLinear]:
         config = HadaCoreConfig(group_size=group_size)
