@@ -37,7 +37,7 @@ from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_
 SHAPES = "4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x8192,28672x8192,8192x28672,16384x16384"
 TOKENS = "1,4,8,16,32,64,128,256,1024,4096"
 SPLIT_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
-SPLIT_TOKENS = (1, 2, 4, 8, 16)
+SPLIT_TOKENS = (1, 4, 16)
 SPLITS = (1, 2, 4, 8, 16)
 # Rows of a result that are compared with float64.
 CHECKED_ROWS = 64
