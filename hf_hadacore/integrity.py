@@ -98,14 +98,23 @@ def verify_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorInf
         Every tensor of the checkpoint by name.
 
     Raises:
-        CheckpointError: a file is not a whole safetensors file, or two files hold one tensor.
+        CheckpointError: a file is not a whole safetensors file, two files hold one tensor, or the index
+            beside them contradicts them.
     """
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    paths = [Path(file) for file in files]
+    for file in paths:
         for name, info in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name!r} is in both {tensors[name].file} and {info.file}")
             tensors[name] = info
+    names = {path.name for path in paths}
+    index = paths[0].parent / INDEX_NAME if paths else None
+    if index is not None and WEIGHTS_NAME not in names and index.is_file():
+        weight_map = _read_index(index)
+        # Otherwise it is the index of other weights in the same folder.
+        if set(weight_map.values()) == names:
+            _check_index(index, weight_map, tensors)
     return tensors
 
 
@@ -137,7 +146,7 @@ def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
         if not file.is_file():
             named = next(tensor for tensor, name in weight_map.items() if name == file.name)
             raise CheckpointError(f"{file}: shard is missing, though {index.name} says it holds {named!r}")
-    _check_index(index, weight_map, verify_files(files))
+    verify_files(files)
     return files
 
 
@@ -153,7 +162,7 @@ def verify_quantized(
 
     Raises:
         CheckpointError: naming the tensors that are absent or have another dtype or shape, with
-            what was found and what was expected.
+            what was found and what was expected; zeros of symmetric weights, too.
     """
     problems = []
     for name, (dtype, shape) in expected.items():
@@ -166,6 +175,11 @@ def verify_quantized(
         if not dtype_agrees or info.shape != tuple(shape):
             found = f"{_dtype_text(info.dtype)} {list(info.shape)}"
             problems.append(f"{name}: expected {wanted}, found {found} in {info.file}")
+    for zero in (f"{name}_zero" for name in expected):
+        if zero in headers and zero not in expected:
+            problems.append(
+                f"{zero}: expected no zeros in a symmetric weight, found some in {headers[zero].file}"
+            )
     if problems:
         raise CheckpointError(f"the checkpoint contradicts its quantization config: {_listed(problems)}")
 

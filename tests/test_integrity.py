@@ -195,6 +195,13 @@ def test_index_that_contradicts_or_escapes(tmp_path: Path, changes: dict, says: 
         checkpoint_files(tmp_path)
 
 
+def test_index_of_other_files_is_not_looked_at(tmp_path: Path) -> None:
+    names = sharded(tmp_path)
+    write_index(tmp_path, {"weight_map": {"z": "other.safetensors"}})
+    files = [tmp_path / name for name in sorted(set(names.values()))]
+    assert set(verify_files(files)) == set(names)
+
+
 @pytest.mark.parametrize("content", [[], {}, {"weight_map": []}, {"weight_map": {}}, 3])
 def test_index_without_a_map(tmp_path: Path, content: object) -> None:
     write_index(tmp_path, content)
@@ -244,6 +251,16 @@ def test_quantized_expectations(whole: Path) -> None:
             verify_quantized(headers, {name: expected})
     with pytest.raises(CheckpointError, match="and 1 more"):
         verify_quantized(headers, wrong)
+
+
+def test_zeros_of_a_symmetric_weight(tmp_path: Path) -> None:
+    tensors = {"w": torch.zeros(3, 4, dtype=torch.int32), "w_zero": torch.zeros(3, 2, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    headers = verify_files([tmp_path / "x.safetensors"])
+    weight = {"w": (torch.int32, (3, 4))}
+    verify_quantized(headers, weight | {"w_zero": (torch.uint8, (3, 2))})
+    with pytest.raises(CheckpointError, match="w_zero: expected no zeros in a symmetric weight"):
+        verify_quantized(headers, weight)
 
 
 def test_integer_scales_are_not_floating_point(whole: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import pickle
 from pathlib import Path
 
@@ -336,9 +337,30 @@ def test_truncated_checkpoint_names_the_file(llama_dir, tmp_path):
         load(tmp_path / "int4")
 
 
+@pytest.mark.parametrize("what", ["source", "int4"])
+def test_missing_shards_and_indexes_that_contradict_them(llama_dir, tmp_path, what):
+    config = HadaCoreConfig(group_size=32)
+    model = load(llama_dir, config) if what == "int4" else AutoModelForCausalLM.from_pretrained(llama_dir)
+    folder = tmp_path / what
+    model.save_pretrained(folder, max_shard_size="20KB")
+    options = [config] if what == "source" else []
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"][UP]
+    absent = {**content["weight_map"], "model.layers.9.mlp.up_proj.weight": shard}
+    index.write_text(json.dumps({**content, "weight_map": absent}))
+    with pytest.raises(CheckpointError, match=r"index\.json: names tensor 'model\.layers\.9"):
+        load(folder, *options)
+    index.write_text(json.dumps(content))
+    (folder / shard).unlink()
+    with pytest.raises(CheckpointError, match=shard):
+        load(folder, *options)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("symmetric", True, "weight_zero: expected no zeros in a symmetric weight"),
         ("group_size", "128", "group_size must be an integer"),
         ("bitz", 4, "did you mean 'bits'"),
         ("format_version", 7, "format_version 7 is newer"),
@@ -350,7 +372,7 @@ def test_hostile_saved_configs(llama_dir, tmp_path, field, value, message):
     config = AutoConfig.from_pretrained(tmp_path / "int4")
     config.quantization_config = {**HadaCoreConfig().to_dict(), field: value}
     config.save_pretrained(tmp_path / "int4")
-    with pytest.raises((ConfigError, NotImplementedError), match=message):
+    with pytest.raises((ConfigError, CheckpointError, NotImplementedError), match=message):
         load(tmp_path / "int4")
 
 
