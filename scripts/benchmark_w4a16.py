@@ -170,7 +170,7 @@ def main(
     for n, k in sizes:
         rows += measure_shape(n, k, counts, names, bandwidth, skipped)
     report: dict[str, Any] = {
-        "command": f"python scripts/benchmark_w4a16.py --peers {peers}",
+        "command": f"python scripts/benchmark_w4a16.py --shapes {shapes} --tokens {tokens} --peers {peers}",
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {

@@ -140,22 +140,73 @@ def cpu_speed() -> str:
 
 @block
 def gpu() -> str:
-    op, model = read_results("check_w4a16"), read_results("check_model_gpu")
-    random = op["random_shapes"]
-    errors = (
-        f"Largest error over {random['cases']} random shapes: {random['worst_error_in_floors']:.2f} floors; "
-        f"{op['repeats']['repeats']} repeats, the same bits."
+    portable, hopper = read_results("check_w4a16"), read_results("check_w4a16_tiled")
+    rows = []
+    for name, result in (("portable Triton kernel", portable), ("Hopper kernels", hopper)):
+        random, repeats = result["random_shapes"], result["repeats"]
+        worst = max(random["worst_error_in_floors"], *result["beyond_2_31_elements"].values())
+        same = f"{repeats['repeats']}, {'the same bits' if repeats['bit_identical'] else 'DIFFERENT bits'}"
+        rows.append([name, random["cases"], f"{worst:.2f} floors", same])
+    model = read_results("check_model_gpu")
+    memory = [f"{model['results'][kind]['memory_gib']} GiB in {kind}" for kind in ("bf16", "int4")]
+    header = ["against float64", "random problems", "largest error", "repeats"]
+    sources = "\n\n".join(source(result) for result in (portable, hopper))
+    return f"{table(header, rows)}\n\n{sources}\n\n{model['model']}: {', '.join(memory)}. {source(model)}"
+
+
+@block
+def w4a16_speed() -> str:
+    result = read_results("w4a16")
+    cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in result["rows"]))
+    tokens = sorted({row["m"] for row in result["rows"]})
+    few, many = [m for m in tokens if m <= 64], [m for m in tokens if m > 64]
+    skinny = table(
+        ["few tokens: µs, share of the floor, times as fast as the best peer", *(f"M = {m}" for m in few)],
+        [[f"{n}x{k}", *(_beside_peers(cells[n, k, m]) for m in few)] for n, k in shapes],
     )
-    header = [model["model"], "bf16", "int4"]
-    rows = [
-        [text, *(model["results"][kind][key] for kind in ("bf16", "int4"))]
-        for text, key in (
-            ("memory, GiB", "memory_gib"),
-            ("decode, batch 1, tok/s", "batch_1_tokens_per_second"),
-            ("decode, batch 16, tok/s", "batch_16_tokens_per_second"),
-        )
-    ]
-    return "\n\n".join([errors, source(op), table(header, rows), source(model)])
+    wide = table(
+        ["many tokens: µs, times as fast as cuBLAS fp16", *(f"M = {m}" for m in many)],
+        [[f"{n}x{k}", *(_beside_cublas(cells[n, k, m]) for m in many)] for n, k in shapes],
+    )
+    worst = max(row["error_in_floors"]["ours_fp16"] for row in result["rows"])
+    peers = sorted({name for row in result["rows"] for name in row["us"] if name != "ours_fp16"})
+    notes = (
+        f"Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s. Peers: {', '.join(peers)}. "
+        f"Our largest error: {worst:.2f} floors. {source(result)}"
+    )
+    return f"{skinny}\n\n{wide}\n\n{notes}"
+
+
+def _beside_peers(row: dict[str, Any]) -> str:
+    ours = row["us"]["ours_fp16"]
+    best = min(us for name, us in row["us"].items() if name != "ours_fp16")
+    return f"{ours:.1f}, {row['floor_us'] / ours:.0%}, {best / ours:.2f}x"
+
+
+def _beside_cublas(row: dict[str, Any]) -> str:
+    ours = row["us"]["ours_fp16"]
+    return f"{ours:.0f}, {row['us']['cublas_fp16'] / ours:.2f}x"
+
+
+@block
+def split_k() -> str:
+    result = read_results("w4a16")
+    gains = result["split_k_gain"]
+    sizes = sorted({row["size"] for row in result["split_k"]})
+    best = {
+        size: [
+            row["us_by_split_k"]["1"] / min(row["us_by_split_k"].values())
+            for row in result["split_k"]
+            if row["size"] == size
+        ]
+        for size in sizes
+    }
+    header = ["N = K", *map(str, sizes)]
+    means = ["best split over none, mean of M = 1...16", *(f"{sum(r) / len(r):.2f}x" for r in best.values())]
+    fixed = ", ".join(f"{k} programs {gain:+.0%}" for k, gain in gains.items() if k != "best")
+    mean = f"Mean over all: best split {gains['best']:+.0%}; {fixed}."
+    return f"{table(header, [means])}\n\n{mean} {source(result)}"
 
 
 @block

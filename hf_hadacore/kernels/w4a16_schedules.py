@@ -111,7 +111,12 @@ def _choose_by_rule(m: int, n: int, k_tiles: int, processors: int) -> Schedule:
     if m <= MAX_SKINNY_TOKENS:
         return _skinny_by_rule(m, n, k_tiles, processors)
     return min(
-        (_wide(block_m, -(-k_tiles // split)) for block_m in (32, 64, 128) for split in range(1, 9)),
+        # Sums of 128 tokens do not fit into the registers beside those of another program.
+        (
+            _wide(block_m, -(-k_tiles // split))
+            for block_m in (32, 64, 128)
+            for split in range(1, 9 if block_m < 128 else 2)
+        ),
         key=lambda schedule: _wide_time(schedule, m, n, k_tiles, processors),
     )
 
