@@ -206,7 +206,7 @@ class HadaCoreHfQuantizer(HfQuantizer):
         if self._plan.tied_head is not None:
             quantize_tied_head(model, self._plan.tied_head, self.quantization_config)
         for module in model.modules():
-            if isinstance(module, HadaCoreLinear) and not module.weight.is_meta:
+            if isinstance(module, HadaCoreLinear | HadaCoreExperts):
                 module.prepare()
         if any(parameter.device.type == "cuda" for parameter in model.parameters()):
             fuse(model)

@@ -41,7 +41,7 @@ class TileOrdered(nn.Module):
         """Put the weights in tile order if this GPU's kernels take all of them."""
         if self._is_tiled or self._is_offloaded():
             return
-        weights = [self.get_parameter(name) for name in self._weight_names()]
+        weights = [getattr(self, name) for name in self._weight_names()]
         for weight in weights:
             n, words = weight.shape[-2:]
             if not prefers_tiles(weight.device, n, words * 8, self.group_size):

@@ -63,7 +63,7 @@ def launch(
     partials = arrived = out
     if split_k > 1:
         partials = torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
-        arrived = partials if x.is_meta else _arrival_counters(x.device)
+        arrived = partials if x.is_meta else arrival_counters(x.device)
     tensors = (tiles, scale, zero)
     ends = (bias, out, partials, arrived)
     s_group = scale.stride(1) if scale.shape[1] > 1 else n
@@ -80,25 +80,25 @@ def launch(
             schedule.stages,
             groups,
         )
-        _run("skinny", arguments, constants, grid, schedule.num_warps)
+        run("skinny", arguments, constants, grid, schedule.num_warps)
     else:
         n_tiles, m_tiles = -(-n // 128), -(-m // schedule.block_m)
         grid = (n_tiles * m_tiles, split_k, 1)
         descriptor = _describe(x, s_xm, schedule.block_m, 64 if groups == 4 else 128)
         arguments = (descriptor, *tensors, *ends, m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group)
         constants = (schedule.block_m, split_k, schedule.stages, schedule.slots, groups)
-        _run("wide", arguments, constants, grid, 4)
+        run("wide", arguments, constants, grid, 4)
 
 
 @cache
 def _kernel(name: str) -> Any:
-    if name == "skinny":
-        from .w4a16_skinny import skinny_kernel
+    from . import w4a16_skinny, w4a16_wide
 
-        return skinny_kernel
-    from .w4a16_wide import wide_kernel
-
-    return wide_kernel
+    return {
+        "skinny": w4a16_skinny.skinny_kernel,
+        "experts": w4a16_skinny.experts_kernel,
+        "wide": w4a16_wide.wide_kernel,
+    }[name]
 
 
 def _describe(x: torch.Tensor, s_xm: int, block_m: int, swizzle: int) -> Any:
@@ -167,7 +167,7 @@ def compile_ahead(products: Iterable[Product], tokens: Iterable[int], device: to
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _run(
+def run(
     name: str,
     arguments: tuple[Any, ...],
     constants: tuple[int, ...],
@@ -208,11 +208,14 @@ def _run(
 _counters: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def _arrival_counters(device: torch.device) -> torch.Tensor:
+def arrival_counters(device: torch.device, count: int = _COUNTERS) -> torch.Tensor:
     """Counters of the programs that share an output tile: zero between kernels, one set for each stream.
 
-    Products on different streams must not share them. During a graph capture new ones belong to the graph.
+    Products on different streams must not share them. During a graph capture new ones belong to the graph;
+    so do those of a product that needs more than all others share.
     """
+    if count > _COUNTERS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
     counters = _counters.get(key)
     if counters is None:

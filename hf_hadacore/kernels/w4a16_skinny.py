@@ -262,6 +262,13 @@ def skinny_kernel(
     )
 
 
+@gluon.constexpr_function
+def _slots_layout(size, num_warps):
+    """Layout of a vector of which every warp holds all, so that none needs another one to search it."""
+    bits = [[1 << i] for i in range(size.bit_length() - 1)]
+    return gl.DistributedLinearLayout(bits[5:], bits[:5], [[0]] * (num_warps.bit_length() - 1), [], [size])
+
+
 @gluon.jit
 def _slots_of(o_x, o_m, p_expert, expert, i_slot, slots, SEARCH: gl.constexpr):
     """The slots of a program's rows, ``slots`` for rows without one, and whether the program has any.
@@ -274,9 +281,7 @@ def _slots_of(o_x, o_m, p_expert, expert, i_slot, slots, SEARCH: gl.constexpr):
     is_first = True
     if SEARCH > 0:
         BM: gl.constexpr = o_m.shape[0]
-        # Every warp holds all slots, so that none needs another one.
-        SLOTS: gl.constexpr = gl.BlockedLayout([SEARCH // 32], [32], [gl.num_warps()], [0])
-        o_s = gl.arange(0, SEARCH, layout=SLOTS)
+        o_s = gl.arange(0, SEARCH, layout=_slots_layout(SEARCH, gl.num_warps()))
         m_same = (o_s < slots) & (gl.load(p_expert + o_s, mask=o_s < slots, other=0) == expert)
         is_first = gl.sum((m_same & (o_s < i_slot)).to(gl.int32)) % BM == 0
         next_slot = i_slot
