@@ -33,6 +33,7 @@ import hf_hadacore
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.fusion import fuse, unfuse
 from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation, gated_activation_reference
+from hf_hadacore.kernels.measure import graph_time
 from hf_hadacore.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from hf_hadacore.kernels.rope import rope, rope_into_cache, rope_reference
 
@@ -304,26 +305,9 @@ def check_model(name: str) -> dict[str, float]:
     return results
 
 
-def graph_time(run: Callable[[], Any], calls: int = 64) -> float:
+def replayed(run: Callable[[], Any], calls: int = 64) -> float:
     """Median microseconds of a call, replayed back to back."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    times = []
-    for repeat in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 5:
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    return graph_time([run] * calls, repeats=20)
 
 
 def python_time(run: Callable[[], Any], calls: int = 200) -> float:
@@ -343,8 +327,8 @@ def timed(name: str, shape: str, ours: Callable[[], Any], eager: Callable[[], An
         return {
             "op": name,
             "shape": shape,
-            "ours_us": round(graph_time(ours), 2),
-            "eager_us": round(graph_time(eager), 2),
+            "ours_us": round(replayed(ours), 2),
+            "eager_us": round(replayed(eager), 2),
             "ours_python_us": round(python_time(ours), 1),
             "eager_python_us": round(python_time(eager), 1),
         }
