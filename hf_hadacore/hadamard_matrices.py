@@ -15,14 +15,14 @@ import torch
 
 from .errors import UnsupportedError
 
-# A larger factor costs more arithmetic than fits beside one pass over memory: taken only where nothing else is.
+# A larger factor costs more arithmetic than fits beside one pass over memory: taken only if nothing else is.
 _MAX_FACTOR = 256
 _MAX_ORDER = 1024
 # The fewest rows that a tensor core takes: a smaller power of two joins another factor.
 _MIN_FACTOR = 16
 
-# Bit j of a number: whether element j of the first row is -1. Found by a search over symmetric rows; those of 43
-# are constant on the cosets of the group of order 6, as Williamson's are.
+# Bit j of a number: whether element j of the first row is -1. Found by a search over symmetric rows; those of
+# 43 are constant on the cosets of the group of order 6, as Williamson's are.
 _WILLIAMSON_ROWS = {
     23: (321312, 4610658, 5782554, 6651558),
     43: (340587130656, 1981388991288, 2773233490452, 5464557920754),
@@ -32,10 +32,10 @@ _WILLIAMSON_ROWS = {
 def hadamard_factors(n: int) -> tuple[int, ...]:
     """The orders (f1, f2, ...) with H_n = H_f1 ⊗ H_f2 ⊗ ..., f1 belonging to the slowest index.
 
-    2^k is its own only factor, (2^k,). Otherwise n = s * 2^k with s odd, and s = s1 * s2 * ... is split so that
-    each si * 2^j, with the smallest j that gives one, is the order of a Paley or Williamson matrix. Of the splits
-    for which 2^k suffices the one is taken that has, in this order: no factor above 256; fewest elements once
-    each factor is padded to a power of two; smallest largest factor (Sylvester's left out); fewest factors.
+    2^k is its own only factor, (2^k,). Otherwise n = s * 2^k with s odd, and s = s1 * s2 * ... is split so
+    that each si * 2^j, with the smallest j that gives one, is the order of a Paley or Williamson matrix. Of the
+    splits for which 2^k suffices the one is taken that has, in this order: no factor above 256; fewest elements
+    once each factor is padded to a power of two; smallest largest factor (Sylvester's left out); fewest factors.
     Factors go from large to small. What is left of 2^k comes last, and if it is below 16 it joins the factor
     before: 44, 28, 12 and 2 become (44, 28, 24).
 
@@ -104,7 +104,7 @@ def _core_splits(odd: int, largest: int) -> Iterator[list[int]]:
     """Every way to write `odd` as a product of numbers up to `largest`, as the orders that they give."""
     if odd == 1:
         yield []
-    for part in range(3, min(odd, largest) + 1, 2):
+    for part in range(3, min(odd, largest, _MAX_ORDER // 4) + 1, 2):
         order = _core_order(part) if odd % part == 0 else None
         if order is not None:
             for rest in _core_splits(odd // part, part):
