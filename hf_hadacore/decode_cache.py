@@ -203,6 +203,9 @@ class DecodeCache(DynamicCache):
         layers: as made by `decode_layers`; emptied.
         limit: tokens that the call can add up to.
         keep: whether `finish` has to leave behind a cache that does not depend on the buffers.
+
+    Attributes:
+        has_window: whether a layer has a sliding window.
     """
 
     layers: list[Any]
@@ -216,6 +219,7 @@ class DecodeCache(DynamicCache):
         self.progress.limit = limit
         self.keep = keep
         self.in_use = True
+        self.has_window = any(layer.is_sliding for layer in layers)
         for layer in layers:
             layer.length = 0
 
@@ -234,8 +238,11 @@ class DecodeCache(DynamicCache):
 
     def make_room(self) -> None:
         """Let the buffers hold the next token; to be called before its mask is made."""
-        for layer in self.layers:
-            layer.grow(layer.length + 1)
+        first = self.layers[0]
+        # All layers have the same length and capacity.
+        if first.length == first.capacity:
+            for layer in self.layers:
+                layer.grow(layer.length + 1)
 
     def finish(self, config: PreTrainedConfig) -> None:
         """Give the buffers back. A cache that is kept becomes a `DynamicCache` with the same contents.
@@ -252,7 +259,7 @@ class DecodeCache(DynamicCache):
             layer.update(*source.contents())
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = source.length
-        del self.progress, self.keep, self.in_use
+        del self.progress, self.keep, self.in_use, self.has_window
         self.__class__ = DynamicCache  # type: ignore[assignment]
 
 

@@ -2,16 +2,26 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils.generic import ModelOutput
 
 from .decode_attention import decode_attention
 from .decode_cache import DecodeCache, DecodeLayer
+from .kernels.w4a16_launch import counters_of_graph, new_counters
 
 # One per shape of the inputs, and per state of a sliding window; more than a `generate` loop goes through.
 _MAX_GRAPHS = 4
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    # Kept as long as the graph.
+    counters: torch.Tensor
+
+    def replay(self) -> None:
+        self.graph.replay()
 
 
 class CudaCapture:
@@ -57,20 +67,21 @@ class CudaCapture:
             tensors that each replay overwrites.
         """
         graph = torch.cuda.CUDAGraph()
+        counters = new_counters(device)
         with torch.cuda.device(device):
             # A thread that reads a streamer's queue or loads data must not void the capture.
             context = torch.cuda.graph(
                 graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
             )
             try:
-                with context:
+                with context, counters_of_graph(counters):
                     output = function()
             except Exception:
                 # torch leaves the random generator in its capturing state, in which sampling fails.
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 generator.graphsafe_set_state(generator.clone_state())
                 raise
-        return graph.replay, output
+        return _Captured(graph, counters).replay, output
 
 
 def run_step(model: Any, cache: DecodeCache, inputs: dict[str, Any]) -> ModelOutput:

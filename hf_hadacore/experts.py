@@ -20,9 +20,9 @@ from .kernels.w4a16_experts import slots_by_expert, w4a16_experts
 from .kernels.w4a16_tiled import w4a16_tiled
 from .tile_order import TileOrdered, may_reorder_weights
 
-# Up to this many choices of experts one launch takes all of them. 0 until the grouped kernel, which compiles
-# for Hopper, has also been checked on one (issue 3); until then the loop over experts is taken.
-_MAX_GROUPED_SLOTS = 0
+# Up to this many choices of experts one launch takes all of them; with more of them each expert has enough
+# tokens for a product of its own.
+_MAX_GROUPED_SLOTS = 256
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 

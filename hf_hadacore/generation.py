@@ -1,6 +1,6 @@
 """Decoding with one CUDA graph per step, inside transformers' own `generate`.
 
-`enable_cuda_graphs` binds five of the methods that `generate` calls on its model. They give it a
+`enable_cuda_graphs` binds six of the methods that `generate` calls on its model. They give it a
 `DecodeCache` and, where transformers would `torch.compile` the forward pass for decoding (a minute or
 more), a function that captures it in a CUDA graph at the second step and replays it from then on. Logits
 processing, sampling, stopping and streaming stay transformers' own, and what cannot be served takes the
@@ -28,6 +28,8 @@ from .decode_graph import CudaCapture, Session, UnsupportedInput, run_step
 logger = logging.get_logger(__name__)
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# What a text model's decoding step is given besides tokens, cache and mask.
+_TEXT_INPUTS = {"position_ids", "logits_to_keep", "use_cache"}
 _HOOKS = (
     "_prepare_cache_for_generation",
     "_valid_auto_compile_criteria",
@@ -35,6 +37,8 @@ _HOOKS = (
     "get_compiled_call",
     "create_masks_for_generate",
 )
+# Replaced only where a model has no way of its own to make inputs.
+_INPUTS_HOOK = "prepare_inputs_for_generation"
 
 
 def enable_cuda_graphs(model: PreTrainedModel) -> None:
@@ -53,8 +57,9 @@ def enable_cuda_graphs(model: PreTrainedModel) -> None:
         for base in (GenerationMixin if hasattr(GenerationMixin, hook) else PreTrainedModel,)
     ):
         graphs = DecodeGraphs(model)
-        for hook in _HOOKS:
-            setattr(model, hook, getattr(graphs, hook))
+        for hook in (*_HOOKS, _INPUTS_HOOK):
+            if hook != _INPUTS_HOOK or getattr(type(model), hook) is getattr(GenerationMixin, hook):
+                setattr(model, hook, getattr(graphs, hook))
 
 
 def disable_cuda_graphs(model: PreTrainedModel) -> None:
@@ -63,7 +68,7 @@ def disable_cuda_graphs(model: PreTrainedModel) -> None:
     Args:
         model: enabled or not.
     """
-    for hook in _HOOKS:
+    for hook in (*_HOOKS, _INPUTS_HOOK):
         model.__dict__.pop(hook, None)
 
 
@@ -207,10 +212,56 @@ class DecodeGraphs:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, DecodeCache) and cache.is_decoding:
             cache.make_room()
-            if not any(cache.is_sliding) and self._model.config._attn_implementation != "eager":
+            if self._masks_in_graph(cache):
                 return kwargs["attention_mask"]
         create = getattr(type(self._model), "create_masks_for_generate", create_masks_for_generate)
         return create(*args, **kwargs)
+
+    def _masks_in_graph(self, cache: DecodeCache) -> bool:
+        return not cache.has_window and self._model.config._attn_implementation != "eager"
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Hook: the inputs of a forward pass.
+
+        In decoding they are the last columns of what `generate` keeps. transformers' general function gives
+        the same, but takes its time while the GPU waits for the next step.
+        """
+        model, cache = self._model, past_key_values
+        if (
+            isinstance(cache, DecodeCache)
+            and cache.is_decoding
+            and next_sequence_length == 1
+            and not is_first_iteration
+            and kwargs.keys() <= _TEXT_INPUTS
+            and self._masks_in_graph(cache)
+            and input_ids.device == cache.progress.position.device
+            and not model.is_remote_code()
+        ):
+            inputs = {"input_ids": input_ids[:, -1:], "past_key_values": cache}
+            if kwargs.get("position_ids") is not None:
+                inputs["position_ids"] = kwargs["position_ids"][..., -1:]
+            if attention_mask is not None:
+                inputs["attention_mask"] = attention_mask
+            return inputs | {name: value for name, value in kwargs.items() if name != "position_ids"}
+        return type(model).prepare_inputs_for_generation(
+            model,
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     def _step(self, **inputs: Any) -> ModelOutput:
         """The forward pass: a graph's, if it is a decoding step, else the model's own (chunked prefill)."""

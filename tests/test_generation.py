@@ -5,6 +5,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import weakref
@@ -14,7 +15,7 @@ import torch
 from graph_recorder import record
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_model, token_ids
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from varied_models import LENGTH, left_padded, varied_model
@@ -92,6 +93,31 @@ def test_greedy_tokens_are_those_of_plain_generate(calls, name, padded):
     assert (calls.captures, calls.replays) == (graphs, 29 - graphs)
     assert torch.equal(model.generate(**options), expected)
     assert (calls.captures, calls.replays) == (graphs, 29 - graphs + 29)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-oss"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_steps_inputs_are_those_that_transformers_would_make(calls, monkeypatch, name, padded):
+    steps = []
+    make_inputs = DecodeGraphs.prepare_inputs_for_generation
+
+    def compared(self, input_ids, past_key_values=None, **kwargs):
+        got = make_inputs(self, input_ids, past_key_values=past_key_values, **kwargs)
+        general = GenerationMixin.prepare_inputs_for_generation
+        want = general(self._model, input_ids, past_key_values=past_key_values, **kwargs)
+        assert list(got) == list(want) and got.pop("past_key_values") is want.pop("past_key_values")
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        got["past_key_values"] = past_key_values
+        steps.append(got["input_ids"].shape[1])
+        return got
+
+    compared.__signature__ = inspect.signature(make_inputs)
+    monkeypatch.setattr(DecodeGraphs, "prepare_inputs_for_generation", compared)
+    model = varied_model(name)
+    enable_cuda_graphs(model)
+    inputs = left_padded() if padded else {"inputs": token_ids(2, LENGTH)}
+    model.generate(**inputs, do_sample=False, max_new_tokens=5)
+    assert steps[1:] == [1] * 4 and calls.replays > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3+sliding"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_helpers import exact_product, in_floors, random_weight
 from torch import nn
 from torch.library import opcheck
+from triton.runtime.jit import JITFunction
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, tile_order
 from hf_hadacore.errors import ConfigError, FormatError
@@ -188,17 +189,13 @@ def tiled_layers(monkeypatch):
 
 
 def test_layers_compile_ahead_what_they_will_launch(tiled_layers, monkeypatch):
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def warmup(self, *arguments, grid, num_warps, launch_pdl):
-            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-            assert launch_pdl and all(tensor.is_meta for tensor in tensors)
-            compiled.append((self.name, *next(t.shape for t in tensors if t.dtype == torch.int32)))
+    def warmup(self, *arguments, grid, num_warps, launch_pdl):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        assert launch_pdl and all(tensor.is_meta for tensor in tensors)
+        compiled.append((self.__name__, *next(t.shape for t in tensors if t.dtype == torch.int32)))
 
     compiled = []
-    monkeypatch.setattr(w4a16_launch, "_kernel", Kernel)
+    monkeypatch.setattr(JITFunction, "warmup", warmup)
     monkeypatch.setattr(w4a16_launch, "processors_of", lambda _: 132)
     monkeypatch.setattr(w4a16_launch, "on_device", lambda _: nullcontext())
     layers = [layer.half() for layer in tiled_layers(128, 64, 192, bias=False)]
@@ -206,7 +203,7 @@ def test_layers_compile_ahead_what_they_will_launch(tiled_layers, monkeypatch):
         layer.prepare()
     compile_ahead(nn.ModuleList(layers), [layers[:2]], (1, 100))
     # The two joined layers have the shape of the third, so there is one kernel of each kind.
-    assert sorted(compiled) == [("skinny", 192, 32), ("wide", 192, 32)]
+    assert sorted(compiled) == [("skinny_kernel", 192, 32), ("wide_kernel", 192, 32)]
     assert layers[0]._group is not None
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FormatError
+from .launcher import goes_straight, on_device
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -31,7 +32,8 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str = "si
     Raises:
         FormatError: gate and up differ, or there is no such activation.
     """
-    return torch.ops.hf_hadacore.gated_activation(gate, up, activation)
+    op = _cuda if goes_straight(gate) else torch.ops.hf_hadacore.gated_activation
+    return op(gate, up, activation)
 
 
 def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -65,12 +67,14 @@ def _anywhere(gate, up, activation):
     return gated_activation_reference(gate, up, activation).contiguous()
 
 
-@torch.library.impl("hf_hadacore::gated_activation", "cuda")
 def _cuda(gate, up, activation):
     from . import pointwise_triton
 
     _check(gate, up, activation)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    with torch.cuda.device(gate.device.index):
+    with on_device(gate.device):
         pointwise_triton.gated_activation(gate, up, activation == "gelu_tanh", out)
     return out
+
+
+torch.library.impl("hf_hadacore::gated_activation", "cuda", _cuda)

@@ -16,22 +16,27 @@ import torch
 import triton
 import triton.language as tl
 
+from .launcher import run
+
 # Rows that are longer do not fit into one program.
 MAX_NORM_SIZE = 65536
 
 
+# A product and a sum contracted to one instruction would be rounded once where eager code rounds twice.
+# Triton's interpreter does not know the launch option.
+_OPTIONS: dict[bool, dict[str, Any]] = {
+    False: {"enable_fp_fusion": False},
+    True: {"enable_fp_fusion": False, "launch_pdl": True},
+}
+
+
 @cache
-def _launch_options(device: torch.device) -> dict[str, Any]:
-    """How kernels are compiled and launched on a device: with PDL where there is PDL."""
-    has_pdl = (
+def _has_pdl(device: torch.device) -> bool:
+    return (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
-    # A product and a sum contracted to one instruction would be rounded once where eager code rounds twice.
-    options: dict[str, Any] = {"PDL": has_pdl, "enable_fp_fusion": False}
-    # Triton's interpreter does not know the launch option.
-    return options | {"launch_pdl": True} if has_pdl else options
 
 
 def _power_of_2(n: int) -> int:
@@ -149,24 +154,15 @@ def rms_norm(
     x, inner, s_outer, s_inner = _as_rows(x)
     block = _power_of_2(n)
     per_program = max(1, 1024 // block)
-    _rms_norm_kernel[(-(-rows // per_program),)](
-        x,
-        residual if residual is None else residual.contiguous(),
-        weight.contiguous(),
-        out,
-        total,
-        rows,
-        inner,
-        s_outer,
-        s_inner,
-        eps,
-        N=n,
-        ROWS=per_program,
-        BLOCK=block,
-        OFFSET=weight_offset,
-        ROUND_FIRST=round_before_weight,
+    has_pdl = _has_pdl(x.device)
+    run(
+        _rms_norm_kernel,
+        (x, residual if residual is None else residual.contiguous(), weight.contiguous(), out, total),
+        (rows, inner, s_outer, s_inner, eps),
+        (n, per_program, block, weight_offset, round_before_weight, has_pdl),
+        (-(-rows // per_program), 1, 1),
         num_warps=min(16, max(4, block // 512)),
-        **_launch_options(x.device),
+        **_OPTIONS[has_pdl],
     )
 
 
@@ -219,18 +215,15 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, is_gelu: bool, out: t
         up, s_up = up.contiguous(), n
     block = 1024
     blocks = -(-n // block)
-    _gated_activation_kernel[(out.numel() // n * blocks,)](
-        gate,
-        up,
-        out,
-        n,
-        blocks,
-        s_gate,
-        s_up,
-        IS_GELU=is_gelu,
-        BLOCK=block,
+    has_pdl = _has_pdl(out.device)
+    run(
+        _gated_activation_kernel,
+        (gate, up, out),
+        (n, blocks, s_gate, s_up),
+        (is_gelu, block, has_pdl),
+        (out.numel() // n * blocks, 1, 1),
         num_warps=4,
-        **_launch_options(out.device),
+        **_OPTIONS[has_pdl],
     )
 
 
@@ -410,36 +403,34 @@ def rope(
     if v is not None:
         v, s_vb, s_vt = _as_heads(v)
     elements = (q_heads + 2 * kv_heads) * d
-    _rope_kernel[(batch * tokens,)](
-        q,
-        k,
-        v,
-        cos.contiguous(),
-        sin.contiguous(),
-        q_weight,
-        k_weight,
-        q_out,
-        keys,
-        values,
-        position,
-        tokens,
-        keys.shape[2],
-        s_qb,
-        s_qt,
-        s_kb,
-        s_kt,
-        s_vb,
-        s_vt,
-        tokens * d if cos.shape[0] > 1 else 0,
-        eps,
-        Q_HEADS=q_heads,
-        KV_HEADS=kv_heads,
-        D=d,
-        Q_BLOCK=_power_of_2(q_heads),
-        KV_BLOCK=_power_of_2(kv_heads),
-        D_BLOCK=_power_of_2(d // 2),
-        OFFSET=weight_offset,
-        ROUND_FIRST=round_before_weight,
+    has_pdl = _has_pdl(q.device)
+    run(
+        _rope_kernel,
+        (q, k, v, cos.contiguous(), sin.contiguous(), q_weight, k_weight, q_out, keys, values, position),
+        (
+            tokens,
+            keys.shape[2],
+            s_qb,
+            s_qt,
+            s_kb,
+            s_kt,
+            s_vb,
+            s_vt,
+            tokens * d if cos.shape[0] > 1 else 0,
+            eps,
+        ),
+        (
+            q_heads,
+            kv_heads,
+            d,
+            _power_of_2(q_heads),
+            _power_of_2(kv_heads),
+            _power_of_2(d // 2),
+            weight_offset,
+            round_before_weight,
+            has_pdl,
+        ),
+        (batch * tokens, 1, 1),
         num_warps=4 if elements <= 2048 else 8 if elements <= 8192 else 16,
-        **_launch_options(q.device),
+        **_OPTIONS[has_pdl],
     )

@@ -7,6 +7,7 @@ code. On CUDA the only difference is the order in which the squares of a row are
 import torch
 
 from ..errors import FormatError
+from .launcher import goes_straight, on_device
 
 torch.library.define(
     "hf_hadacore::rms_norm",
@@ -45,7 +46,8 @@ def rms_norm(
     Raises:
         FormatError: the weight does not fit x.
     """
-    return torch.ops.hf_hadacore.rms_norm(x, weight, eps, weight_offset, round_before_weight)
+    op = _cuda if goes_straight(x) else torch.ops.hf_hadacore.rms_norm
+    return op(x, weight, eps, weight_offset, round_before_weight)
 
 
 def add_rms_norm(
@@ -72,7 +74,8 @@ def add_rms_norm(
     Raises:
         FormatError: the weight or the residual does not fit x.
     """
-    return torch.ops.hf_hadacore.add_rms_norm(x, residual, weight, eps, weight_offset, round_before_weight)
+    op = _add_cuda if goes_straight(x) else torch.ops.hf_hadacore.add_rms_norm
+    return op(x, residual, weight, eps, weight_offset, round_before_weight)
 
 
 def rms_norm_reference(
@@ -137,7 +140,6 @@ def _add_anywhere(x, residual, weight, eps, weight_offset, round_before_weight):
     return _add_eager(x, residual, weight, eps, weight_offset, round_before_weight)
 
 
-@torch.library.impl("hf_hadacore::rms_norm", "cuda")
 def _cuda(x, weight, eps, weight_offset, round_before_weight):
     from . import pointwise_triton
 
@@ -145,12 +147,14 @@ def _cuda(x, weight, eps, weight_offset, round_before_weight):
     if x.shape[-1] > pointwise_triton.MAX_NORM_SIZE:
         return rms_norm_reference(x, weight, eps, weight_offset, round_before_weight).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device(x.device.index):
+    with on_device(x.device):
         pointwise_triton.rms_norm(x, None, weight, eps, weight_offset, round_before_weight, out, None)
     return out
 
 
-@torch.library.impl("hf_hadacore::add_rms_norm", "cuda")
+torch.library.impl("hf_hadacore::rms_norm", "cuda", _cuda)
+
+
 def _add_cuda(x, residual, weight, eps, weight_offset, round_before_weight):
     from . import pointwise_triton
 
@@ -159,6 +163,9 @@ def _add_cuda(x, residual, weight, eps, weight_offset, round_before_weight):
         return _add_eager(x, residual, weight, eps, weight_offset, round_before_weight)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    with torch.cuda.device(x.device.index):
+    with on_device(x.device):
         pointwise_triton.rms_norm(x, residual, weight, eps, weight_offset, round_before_weight, out, total)
     return out, total
+
+
+torch.library.impl("hf_hadacore::add_rms_norm", "cuda", _add_cuda)

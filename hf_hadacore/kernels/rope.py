@@ -7,6 +7,7 @@ is computed, with every rounding of eager code; on CUDA only the fp32 sums of th
 import torch
 
 from ..errors import FormatError
+from .launcher import goes_straight, on_device
 from .rms_norm import rms_norm_reference
 
 _NORM = "Tensor? q_weight, Tensor? k_weight, float eps, float weight_offset, bool round_before_weight"
@@ -51,9 +52,8 @@ def rope(
     Raises:
         FormatError: a shape or dtype does not fit.
     """
-    return torch.ops.hf_hadacore.rope(
-        q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight
-    )
+    op = _cuda if goes_straight(q) else torch.ops.hf_hadacore.rope
+    return op(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight)
 
 
 def rope_into_cache(
@@ -89,7 +89,8 @@ def rope_into_cache(
     Raises:
         FormatError: a shape or dtype does not fit, or the cache is not contiguous.
     """
-    return torch.ops.hf_hadacore.rope_into_cache(
+    op = _cache_cuda if goes_straight(q) else torch.ops.hf_hadacore.rope_into_cache
+    return op(
         q, k, v, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight, keys, values, position
     )
 
@@ -199,7 +200,6 @@ def _cache_anywhere(
     return q
 
 
-@torch.library.impl("hf_hadacore::rope", "cuda")
 def _cuda(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight):
     from . import pointwise_triton
 
@@ -208,12 +208,14 @@ def _cuda(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_w
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty((batch, kv_heads, tokens, d), dtype=k.dtype, device=k.device)
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
-    with torch.cuda.device(q.device.index):
+    with on_device(q.device):
         pointwise_triton.rope(q, k, None, cos, sin, *norm, q_out, k_out, None, None)
     return q_out.transpose(1, 2), k_out
 
 
-@torch.library.impl("hf_hadacore::rope_into_cache", "cuda")
+torch.library.impl("hf_hadacore::rope", "cuda", _cuda)
+
+
 def _cache_cuda(
     q, k, v, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight, keys, values, position
 ):
@@ -222,6 +224,9 @@ def _cache_cuda(
     _check(q, k, v, cos, sin, q_weight, k_weight, keys, values, position)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
-    with torch.cuda.device(q.device.index):
+    with on_device(q.device):
         pointwise_triton.rope(q, k, v, cos, sin, *norm, q_out, keys, values, position)
     return q_out.transpose(1, 2)
+
+
+torch.library.impl("hf_hadacore::rope_into_cache", "cuda", _cache_cuda)

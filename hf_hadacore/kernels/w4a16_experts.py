@@ -12,7 +12,8 @@ import torch
 from .. import int4
 from ..errors import FormatError, UnsupportedError
 from . import w4a16_schedules as schedules
-from .w4a16_launch import GROUPS_PER_TILE, arrival_counters, on_device, processors_of, run
+from .launcher import goes_straight, on_device, run
+from .w4a16_launch import GROUPS_PER_TILE, arrival_counters, processors_of
 from .w4a16_tiled import check_arguments as check_product
 from .w4a16_tiled import prefers_tiles, w4a16_tiled_reference
 from .w4a16_tiles import TILE_INPUTS
@@ -61,7 +62,8 @@ def w4a16_experts(
         FormatError: a shape, dtype or stride does not fit.
         UnsupportedError: in the backward pass.
     """
-    return torch.ops.hf_hadacore.w4a16_experts(x, tiles, scale, zero, bias, expert_index, group_size)
+    op = _cuda if goes_straight(x) else torch.ops.hf_hadacore.w4a16_experts
+    return op(x, tiles, scale, zero, bias, expert_index, group_size)
 
 
 def check_arguments(
@@ -155,7 +157,6 @@ def slots_by_expert(expert_index: torch.Tensor, experts: int) -> Iterator[tuple[
 torch.library.impl("hf_hadacore::w4a16_experts", "default", w4a16_experts_reference)
 
 
-@torch.library.impl("hf_hadacore::w4a16_experts", "cuda")
 def _cuda(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -182,6 +183,9 @@ def _cuda(
             schedule = choose_schedule(slots, experts, n, k, processors_of(x.device.index or 0))
             launch(x, tiles, scale, zero, bias, expert_index, group_size, out, schedule)
     return out
+
+
+torch.library.impl("hf_hadacore::w4a16_experts", "cuda", _cuda)
 
 
 def choose_schedule(slots: int, experts: int, n: int, k: int, processors: int) -> schedules.SkinnySchedule:
@@ -232,12 +236,16 @@ def launch(
     tensors = (x, tiles, scale, zero, expert_index, bias, out, partials, arrived)
     sizes = (slots, len(tiles), slots // rows, n, k_tiles, s_xm, n * scale.shape[2])
     constants = (schedule.block_m, schedule.block_n, schedule.tiles, split_k, schedule.stages)
+    from .w4a16_skinny import experts_kernel
+
     run(
-        "experts",
-        (*tensors, *sizes),
+        experts_kernel,
+        tensors,
+        sizes,
         (*constants, GROUPS_PER_TILE[group_size], search),
         (n_tiles, split_k, slots),
-        schedule.num_warps,
+        num_warps=schedule.num_warps,
+        launch_pdl=True,
     )
 
 

@@ -1,8 +1,9 @@
 """How the Hopper W4A16 kernels are launched, and compiled ahead."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,17 +11,13 @@ import torch
 
 from .. import int4
 from . import w4a16_schedules as schedules
+from .launcher import on_device, run
 from .w4a16_tiles import TILE_INPUTS
 
 # Groups of a tile by group size; 0 stands for one group per row.
 GROUPS_PER_TILE = {32: 4, 64: 2, 128: 1, -1: 0}
 # Arrival counters of one stream: K is not split for products with more tiles of outputs than this.
 _COUNTERS = 1 << 16
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one; nothing where it is already, which is cheaper."""
-    return nullcontext() if device.index in (None, torch.cuda.current_device()) else torch.cuda.device(device)
 
 
 @cache
@@ -53,8 +50,7 @@ def launch(
     groups = GROUPS_PER_TILE[group_size]
     k_tiles = k // TILE_INPUTS
     split_k = -(-k_tiles // schedule.tiles)
-    is_skinny = isinstance(schedule, schedules.SkinnySchedule)
-    if input_perm is not None and not is_skinny:
+    if input_perm is not None and not isinstance(schedule, schedules.SkinnySchedule):
         x, input_perm = x.index_select(1, input_perm), None
     # Both kernels copy x in aligned pieces of 16 bytes.
     s_xm = x.stride(0) if m > 1 else k
@@ -67,38 +63,32 @@ def launch(
     tensors = (tiles, scale, zero)
     ends = (bias, out, partials, arrived)
     s_group = scale.stride(1) if scale.shape[1] > 1 else n
-    arguments: tuple[Any, ...]
-    constants: tuple[int, ...]
     if isinstance(schedule, schedules.SkinnySchedule):
-        grid = (-(-n // schedule.block_n), split_k, 1)
-        arguments = (x, *tensors, input_perm, *ends, m, n, k_tiles, s_xm, s_group)
-        constants = (
-            schedule.block_m,
-            schedule.block_n,
-            schedule.tiles,
-            split_k,
-            schedule.stages,
-            groups,
+        from .w4a16_skinny import skinny_kernel
+
+        run(
+            skinny_kernel,
+            (x, *tensors, input_perm, *ends),
+            (m, n, k_tiles, s_xm, s_group),
+            (schedule.block_m, schedule.block_n, schedule.tiles, split_k, schedule.stages, groups),
+            (-(-n // schedule.block_n), split_k, 1),
+            num_warps=schedule.num_warps,
+            launch_pdl=True,
         )
-        run("skinny", arguments, constants, grid, schedule.num_warps)
     else:
+        from .w4a16_wide import wide_kernel
+
         n_tiles, m_tiles = -(-n // 128), -(-m // schedule.block_m)
-        grid = (n_tiles * m_tiles, split_k, 1)
-        descriptor = _describe(x, s_xm, schedule.block_m, 64 if groups == 4 else 128)
-        arguments = (descriptor, *tensors, *ends, m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group)
-        constants = (schedule.block_m, split_k, schedule.stages, schedule.slots, groups)
-        run("wide", arguments, constants, grid, 4)
-
-
-@cache
-def _kernel(name: str) -> Any:
-    from . import w4a16_skinny, w4a16_wide
-
-    return {
-        "skinny": w4a16_skinny.skinny_kernel,
-        "experts": w4a16_skinny.experts_kernel,
-        "wide": w4a16_wide.wide_kernel,
-    }[name]
+        run(
+            wide_kernel,
+            (*tensors, *ends),
+            (m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group),
+            (schedule.block_m, split_k, schedule.stages, schedule.slots, groups),
+            (n_tiles * m_tiles, split_k, 1),
+            num_warps=4,
+            descriptors=(_describe(x, s_xm, schedule.block_m, 64 if groups == 4 else 128),),
+            launch_pdl=True,
+        )
 
 
 def _describe(x: torch.Tensor, s_xm: int, block_m: int, swizzle: int) -> Any:
@@ -164,48 +154,9 @@ def compile_ahead(products: Iterable[Product], tokens: Iterable[int], device: to
             )
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def run(
-    name: str,
-    arguments: tuple[Any, ...],
-    constants: tuple[int, ...],
-    grid: tuple[int, int, int],
-    num_warps: int,
-) -> None:
-    """Launch a kernel; the second time without Triton's own look-up, which takes longer than everything else.
-
-    With meta tensors it is only compiled. The key holds whatever a compiled kernel may depend on: dtypes and
-    absence of tensors, whether they are aligned to 16 bytes, and whether sizes are multiples of 16.
-    """
-    options = {"num_warps": num_warps, "launch_pdl": True}
-    if arguments[1].is_meta:
-        _kernel(name).warmup(*arguments, *constants, grid=grid, **options)
-        return
-    key = (
-        name,
-        constants,
-        num_warps,
-        torch.cuda.current_device(),
-        *(
-            (a.dtype, a.data_ptr() % 16 == 0)
-            if isinstance(a, torch.Tensor)
-            else a % 16 == 0 or (a == 1 and "1")
-            if isinstance(a, int)
-            else a is None or a.base.dtype
-            for a in arguments
-        ),
-    )
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*arguments, *constants)
-        return
-    kernel = _kernel(name)
-    _compiled[key] = kernel[grid](*arguments, *constants, **options)
-
-
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+# What `counters_of_graph` has set.
+_captured = threading.local()
 
 
 def arrival_counters(device: torch.device, count: int = _COUNTERS) -> torch.Tensor:
@@ -216,10 +167,37 @@ def arrival_counters(device: torch.device, count: int = _COUNTERS) -> torch.Tens
     """
     if count > _COUNTERS:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    counters: torch.Tensor | None = getattr(_captured, "counters", None)
+    if counters is not None and counters.device == device:
+        return counters
+    key = (device, torch._C._cuda_getCurrentRawStream(device.index))
     counters = _counters.get(key)
     if counters is None:
         counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         if not torch.cuda.is_current_stream_capturing():
             _counters[key] = counters
     return counters
+
+
+@contextmanager
+def counters_of_graph(counters: torch.Tensor) -> Iterator[None]:
+    """Let the products that this thread launches share counters, instead of zeroing new ones for each.
+
+    Args:
+        counters: from `new_counters`, made before the capture. They belong to the graph, and must live as
+            long: no other graph nor stream may use them.
+    """
+    _captured.counters = counters
+    try:
+        yield
+    finally:
+        del _captured.counters
+
+
+def new_counters(device: torch.device) -> torch.Tensor:
+    """Zeros that `counters_of_graph` takes.
+
+    Args:
+        device: a CUDA device, with its index.
+    """
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)

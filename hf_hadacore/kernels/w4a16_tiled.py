@@ -11,9 +11,10 @@ import torch
 from .. import int4
 from ..errors import FormatError
 from . import w4a16_schedules as schedules
+from .launcher import goes_straight, on_device
 from .w4a16 import check_arguments as check_linear_arguments
 from .w4a16 import linear_gradients, w4a16_linear_reference
-from .w4a16_launch import GROUPS_PER_TILE, launch, on_device, processors_of
+from .w4a16_launch import GROUPS_PER_TILE, launch, processors_of
 from .w4a16_tiles import TILE_INPUTS, TILE_ROWS, from_tiles, is_tileable
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -55,7 +56,8 @@ def w4a16_tiled(
     Raises:
         FormatError: a shape, dtype or stride does not fit.
     """
-    return torch.ops.hf_hadacore.w4a16_tiled(x, tiles, scale, zero, input_perm, bias, group_size)
+    op = _cuda if goes_straight(x) else torch.ops.hf_hadacore.w4a16_tiled
+    return op(x, tiles, scale, zero, input_perm, bias, group_size)
 
 
 @cache
@@ -149,7 +151,6 @@ def w4a16_tiled_reference(
 torch.library.impl("hf_hadacore::w4a16_tiled", "default", w4a16_tiled_reference)
 
 
-@torch.library.impl("hf_hadacore::w4a16_tiled", "cuda")
 def _cuda(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -176,6 +177,9 @@ def _cuda(
                 x.reshape(-1, k), tiles, scale, zero, input_perm, bias, group_size, out.view(-1, n), schedule
             )
     return out
+
+
+torch.library.impl("hf_hadacore::w4a16_tiled", "cuda", _cuda)
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,0 +1,104 @@
+"""Launches of Triton and Gluon kernels, and calls of ops, without the parts that take longer than a launch.
+
+At a few tokens a kernel runs for microseconds. Triton's own way to a compiled kernel and torch's way to a
+Python op take tens of them each, which is what eager decoding would then be bound by.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+# Every number of tokens makes keys of its own.
+_MAX_KEYS = 1 << 14
+
+
+def run(
+    kernel: Any,
+    tensors: Sequence[torch.Tensor | None],
+    sizes: tuple[int | float, ...],
+    constants: tuple[Any, ...],
+    grid: tuple[int, int, int],
+    *,
+    num_warps: int,
+    descriptors: tuple[Any, ...] = (),
+    **options: Any,
+) -> None:
+    """Launch a kernel on the current device; with meta tensors it is only compiled.
+
+    Args:
+        kernel: whose parameters are the descriptors, tensors, sizes and constants, in this order.
+        tensors: on the current device.
+        sizes: run-time numbers.
+        constants: values of the constexpr parameters.
+        grid: numbers of programs.
+        num_warps: of a program.
+        descriptors: TMA descriptors, which depend on nothing but the constants and the first tensor's dtype.
+        options: Triton's compilation options; always the same for a kernel on a device.
+    """
+    kinds: list[torch.dtype | None] = []
+    addresses, device = 0, -1
+    for tensor in tensors:
+        if tensor is None:
+            kinds.append(None)
+        elif tensor.is_meta:
+            arguments = (*descriptors, *tensors, *sizes, *constants)
+            kernel.warmup(*arguments, grid=grid, num_warps=num_warps, **options)
+            return
+        else:
+            kinds.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+            device = tensor.get_device()
+    compiled = key = None
+    # Triton compiles for what it finds: multiples of 16, absent tensors. Unaligned tensors are left to it.
+    if addresses % 16 == 0:
+        key = (id(kernel), sizes, constants, num_warps, device, *kinds)
+        compiled = _compiled.get(key)
+    if compiled is None:
+        arguments = (*descriptors, *tensors, *sizes, *constants)
+        compiled = kernel[grid](*arguments, num_warps=num_warps, **options)
+        if key is not None:
+            if len(_compiled) >= _MAX_KEYS:
+                _compiled.clear()
+            _compiled[key] = compiled
+        return
+    compiled.run(
+        *grid,
+        torch._C._cuda_getCurrentRawStream(device),
+        compiled.function,
+        compiled.packed_metadata,
+        # Triton's hooks, for its profiler.
+        None,
+        None,
+        None,
+        *descriptors,
+        *tensors,
+        *sizes,
+        *constants,
+    )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one; nothing where it is already, which is cheaper."""
+    return nullcontext() if device.index in (None, torch.cuda.current_device()) else torch.cuda.device(device)
+
+
+def goes_straight(x: torch.Tensor) -> bool:
+    """Whether a CUDA op's implementation may be called as it is, because nobody watches the dispatcher.
+
+    That would be autograd, a compiler or tracer, a dispatch mode, or a transform such as `torch.vmap`.
+
+    Args:
+        x: the op's input.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.is_cuda
+        and type(x) is torch.Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch.jit.is_tracing()
+    )
