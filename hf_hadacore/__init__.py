@@ -6,9 +6,17 @@ Importing this package registers the "hadacore" quantization method with transfo
 from . import compat, errors
 from ._version import __version__
 from .config import QUANT_METHOD, HadaCoreConfig
+from .kernels.hadamard import hadamard_transform
 from .linear import HadaCoreLinear
 from .quantizer import HadaCoreHfQuantizer
 
-__all__ = ["HadaCoreConfig", "HadaCoreHfQuantizer", "HadaCoreLinear", "__version__", "errors"]
+__all__ = [
+    "HadaCoreConfig",
+    "HadaCoreHfQuantizer",
+    "HadaCoreLinear",
+    "__version__",
+    "errors",
+    "hadamard_transform",
+]
 
 compat.register(QUANT_METHOD, HadaCoreConfig, HadaCoreHfQuantizer)

@@ -33,11 +33,11 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
     """The orders (f1, f2, ...) with H_n = H_f1 ⊗ H_f2 ⊗ ..., f1 belonging to the slowest index.
 
     2^k is its own only factor, (2^k,). Otherwise n = s * 2^k with s odd, and s = s1 * s2 * ... is split so
-    that each si * 2^j, with the smallest j that gives one, is the order of a Paley or Williamson matrix. Of the
-    splits for which 2^k suffices the one is taken that has, in this order: no factor above 256; fewest elements
-    once each factor is padded to a power of two; smallest largest factor (Sylvester's left out); fewest factors.
-    Factors go from large to small. What is left of 2^k comes last, and if it is below 16 it joins the factor
-    before: 44, 28, 12 and 2 become (44, 28, 24).
+    that each si * 2^j, with the smallest j that gives one, is the order of a Paley or Williamson matrix. Of
+    the splits for which 2^k suffices the one is taken that has, in this order: no factor above 256; fewest
+    elements once each factor is padded to a power of two; smallest largest factor (Sylvester's left out);
+    fewest factors. Factors go from large to small. What is left of 2^k comes last, and if it is below 16 it
+    joins the factor before: 44, 28, 12 and 2 become (44, 28, 24).
 
     Args:
         n: the size, at least 1.
@@ -65,11 +65,13 @@ def hadamard_matrix(n: int) -> torch.Tensor:
 
 def _matrix(n: int) -> torch.Tensor:
     factors = hadamard_factors(n)
-    if len(factors) > 1:
-        return _kronecker([hadamard_matrix(factor) for factor in factors])
-    order = _core_order(_odd_part(n)) or 1
-    core = torch.ones(1, 1, dtype=torch.int8) if order == 1 else _core(order)
-    return _kronecker([core, _sylvester(n // order)])
+    # Whoever asks first may be building a model on the meta device or be in inference mode; this is cached.
+    with torch.device("cpu"), torch.inference_mode(False):
+        if len(factors) > 1:
+            return _kronecker([hadamard_matrix(factor) for factor in factors])
+        order = _core_order(_odd_part(n)) or 1
+        core = torch.ones(1, 1, dtype=torch.int8) if order == 1 else _core(order)
+        return _kronecker([core, _sylvester(n // order)])
 
 
 _cached_matrix = cache(_matrix)

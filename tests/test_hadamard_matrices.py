@@ -110,6 +110,12 @@ def test_matrix_is_the_kronecker_product_of_its_factors():
     assert torch.equal(hadamard_matrix(8960)[row], torch.kron(torch.kron(a[i], b[j]), c[k]))
 
 
+def test_what_is_cached_does_not_depend_on_who_asks_first():
+    with torch.device("meta"), torch.inference_mode():
+        h = hadamard_matrix(60)
+    assert h.device.type == "cpu" and not h.is_inference()
+
+
 @pytest.mark.parametrize(
     ("n", "parts"),
     [
