@@ -13,6 +13,7 @@ import torch
 
 from ..errors import FormatError
 from ..hadamard_matrices import hadamard_factors, hadamard_matrix
+from .launcher import on_device
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ARGUMENTS = "float? scale, Tensor? sign, int? block_size, bool transpose"
@@ -222,7 +223,7 @@ def _anywhere_in_place(x, *arguments):
 def _launch(x, out, **options):
     from .hadamard_triton import launch
 
-    with torch.cuda.device(x.device.index):
+    with on_device(x.device):
         launch(x, out, **options)
 
 
