@@ -1,0 +1,518 @@
+"""Is `rotate_quantize` right on this GPU, and how close is it to one pass over memory?
+
+    python scripts/check_rotate_quantize_gpu.py --json scripts/results/rotate_quantize.json
+    python scripts/check_rotate_quantize_gpu.py --tune
+    compute-sanitizer python scripts/check_rotate_quantize_gpu.py --sanitize
+
+Values are held to float64, one by one: none may be further off than the 8-bit rounding allows. All memory is
+filled with NaN (int8: 127) before a kernel writes to it. Times are microseconds in CUDA-graph replays over
+inputs that rotate out of the L2 cache; the floor is the bytes read and written at the copy's bandwidth.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import random
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import triton
+import typer
+
+import hf_hadacore
+from hf_hadacore.hadamard_matrices import hadamard_matrix
+from hf_hadacore.kernels import rotate_quantize_triton
+from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
+from hf_hadacore.kernels.rotate_quantize import (
+    BLOCK_SIZES,
+    LARGEST,
+    SMALLEST_MAXIMUM,
+    rotate_quantize,
+    rotate_quantize_into_cache,
+)
+
+VARIANTS = 140
+CASES_OF_A_VARIANT = 16
+REPEATS = 1000
+HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
+# What fp32 sums may be off, relative to a token's largest magnitude.
+SUMS = 2e-5
+# The same where two bf16 terms go into them.
+TWO_TERMS = 1e-4
+# Bits of the mantissa and exponent of the smallest normal number.
+_FORMATS = {torch.float8_e4m3fn: (3, -6), torch.float8_e5m2: (2, -14)}
+
+
+def exact_rotation(
+    x: torch.Tensor,
+    rotate: bool = True,
+    offset: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    sign: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What is quantized, in float64."""
+    x = x.double()
+    d = x.shape[-1]
+    if cos is not None and sin is not None:
+        low, high = x[..., : d // 2], x[..., d // 2 :]
+        cos, sin = cos.double()[:, None], sin.double()[:, None]
+        first = low * cos[..., : d // 2] - high * sin[..., : d // 2]
+        second = high * cos[..., -(d // 2) :] + low * sin[..., -(d // 2) :]
+        x = torch.cat((first, second), dim=-1)
+    if offset is not None:
+        x = x - offset.double()[..., None, :]
+    if sign is not None:
+        x = x * sign.double()
+    return x @ hadamard_matrix(d).to(x).T * d**-0.5 if rotate else x
+
+
+def worst_error(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    exact: torch.Tensor,
+    group: int,
+    tolerance: float,
+    norm: float = 1.0,
+) -> float:
+    """How far the worst value or scale is off, where 1 is what rounding may cost.
+
+    Args:
+        values: 8-bit, of the shape of `exact`.
+        scale: as `rotate_quantize` returns it.
+        exact: float64 ``[..., S, D]``.
+        group: tokens of a scale; 0 for all of a head.
+        tolerance: of what is rounded, relative to the largest magnitude.
+        norm: of the rotation, which decides what counts as zero.
+    """
+    tokens = exact.shape[-2]
+    if exact.numel() == 0:
+        return 0.0
+    size = group or tokens
+    maxima = [part.abs().amax((-2, -1)) for part in exact.split(size, dim=-2)]
+    expected = torch.stack(maxima, dim=-1).clamp(min=SMALLEST_MAXIMUM * norm) / LARGEST[values.dtype]
+    scale_error = ((scale.double().reshape(expected.shape) - expected).abs() / expected).max() / tolerance
+    quotient = exact / expected.repeat_interleave(size, -1)[..., :tokens, None]
+    step = torch.ones_like(quotient)
+    if values.dtype in _FORMATS:
+        bits, smallest = _FORMATS[values.dtype]
+        step = 2 ** (quotient.abs().clamp(min=2.0**smallest).log2().floor() - bits)
+    error = (values.double() - quotient).abs() / (step / 2 + 2 * tolerance * LARGEST[values.dtype])
+    # A NaN is worse than anything.
+    return float(torch.cat([scale_error.reshape(1), error.max().reshape(1)]).nan_to_num(torch.inf).max())
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for; several cases share one, because compiling takes the time."""
+
+    d: int
+    x_dtype: torch.dtype
+    dtype: torch.dtype
+    scale: str
+    block_size: int
+    rotate: bool
+    transpose: bool
+    has_offset: bool
+    rope: str
+    has_sign: bool
+
+
+def random_variant(draw: random.Random) -> Variant:
+    rotate = draw.random() < 0.8
+    return Variant(
+        draw.choice([*HEAD_SIZES, 128, 128, 64, 2, 16, 40]),
+        draw.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        draw.choice(list(LARGEST)),
+        draw.choice(["token", "token", "block", "head"]),
+        draw.choice(BLOCK_SIZES),
+        rotate,
+        draw.random() < 0.3,
+        draw.random() < 0.3,
+        draw.choice(["none", "none", "whole", "half"]),
+        rotate and draw.random() < 0.2,
+    )
+
+
+def draw_x(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``[B, H, S, D]`` in one of the layouts that attention or a cache may hand over."""
+    batch, heads, tokens, d = shape
+    layout = draw.choice(["contiguous", "tokens first", "fused", "every second", "odd"])
+    if layout == "contiguous":
+        x = torch.randn(shape, device="cuda").to(dtype)
+    elif layout == "tokens first":
+        x = torch.randn(batch, tokens, heads, d, device="cuda").to(dtype).transpose(1, 2)
+    elif layout == "fused":
+        wide = torch.randn(batch, tokens, 3 * heads, d, device="cuda").to(dtype)
+        x = wide[:, :, heads : 2 * heads].transpose(1, 2)
+    elif layout == "every second":
+        x = torch.randn(batch, heads, tokens, 2 * d, device="cuda").to(dtype)[..., ::2]
+    else:
+        x = torch.randn(batch, heads, tokens, d + 3, device="cuda").to(dtype)[..., 1 : d + 1]
+    kind = draw.random()
+    if kind < 0.2:
+        x[..., draw.randrange(d)] *= 50  # an outlier channel
+    elif kind < 0.3:
+        x *= 1e-6
+    elif kind < 0.4:
+        x[:, :, draw.randrange(tokens)] = 0
+    return x
+
+
+def draw_case(draw: random.Random, variant: Variant) -> tuple[torch.Tensor, dict[str, Any]]:
+    """x and the arguments of `exact_rotation`."""
+    d = variant.d
+    batch, heads = draw.choice([(1, 1), (2, 3), (1, 8), (3, 2)])
+    tokens = draw.choice([1, 2, 7, 16, 63, 64, 65, 100, 129, 512, 1000])
+    x = draw_x(draw, (batch, heads, tokens, d), variant.x_dtype)
+    offset = cos = sin = sign = None
+    if variant.has_offset:
+        shape = draw.choice([(heads, d), (1, heads, d), (batch, heads, d)])
+        offset = torch.randn(shape, device="cuda")
+    if variant.rope != "none":
+        width = d if variant.rope == "whole" else d // 2
+        angles = 9 * torch.randn(draw.choice([1, batch]), tokens, width, device="cuda")
+        cos, sin = angles.cos().to(variant.x_dtype), angles.sin().to(variant.x_dtype)
+    if variant.has_sign:
+        sign = (torch.randint(0, 2, (d,), device="cuda") * 2 - 1).to(
+            draw.choice([torch.int8, variant.x_dtype])
+        )
+    return x, dict(rotate=variant.rotate, offset=offset, cos=cos, sin=sin, sign=sign)
+
+
+def tolerance_of(x: torch.Tensor, front: dict[str, Any]) -> float:
+    is_exact = x.dtype != torch.float32 and front["offset"] is None and front["cos"] is None
+    return SUMS if is_exact or not front["rotate"] else TWO_TERMS
+
+
+def run_case(draw: random.Random, variant: Variant) -> float:
+    x, front = draw_case(draw, variant)
+    options: dict[str, Any] = dict(dtype=variant.dtype, scale=variant.scale, block_size=variant.block_size)
+    values, scale = rotate_quantize(x, transpose=variant.transpose, **options, **front)
+    group = {"token": 1, "block": variant.block_size, "head": 0}[variant.scale]
+    exact = exact_rotation(x, **front)
+    shown = values.mT if variant.transpose else values
+    norm = variant.d**-0.5 if variant.rotate else 1.0
+    worst = worst_error(shown, scale, exact, group, tolerance_of(x, front), norm)
+    if variant.scale == "token":
+        check_cache(draw, variant, x, values, scale, front)
+    return worst
+
+
+def check_cache(
+    draw: random.Random,
+    variant: Variant,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    front: dict[str, Any],
+) -> None:
+    """The same values at their position in a cache, everything else as it was."""
+    batch, heads, tokens, d = x.shape
+    start = draw.choice([0, 5, 64])
+    room = draw.choice([0, 0, 9, -1])
+    capacity = max(start, start + tokens + room)
+    shape = (batch, heads, d, capacity) if variant.transpose else (batch, heads, capacity, d)
+    cache = torch.empty(shape, dtype=variant.dtype, device="cuda")
+    before = cache.clone().view(torch.int8)
+    scales = torch.empty(batch, heads, capacity, device="cuda")
+    position = torch.tensor([start], device="cuda")
+    rotate_quantize_into_cache(x, cache, scales, position, transpose=variant.transpose, **front)
+    shown, before = (t.mT if variant.transpose else t for t in (cache.view(torch.int8), before))
+    written = min(tokens, capacity - start)
+    new = (values.mT if variant.transpose else values).view(torch.int8)[:, :, :written]
+    assert torch.equal(shown[:, :, start : start + written], new), "cache and no cache"
+    assert torch.equal(scales[:, :, start : start + written], scale[:, :, :written]), "scales in the cache"
+    assert torch.equal(shown[:, :, :start], before[:, :, :start]), "written before the position"
+    assert torch.equal(shown[:, :, start + written :], before[:, :, start + written :]), "written behind"
+    assert bool(scales[:, :, :start].isnan().all()) and bool(scales[:, :, start + written :].isnan().all())
+
+
+def run_variant(number: int) -> tuple[float, str, int]:
+    """Worst error, what was wrong or which variant it was, and how many cases ran."""
+    draw = random.Random(number)
+    torch.manual_seed(number)
+    # Fills whatever is allocated.
+    torch.use_deterministic_algorithms(True)
+    variant = random_variant(draw)
+    worst = 0.0
+    try:
+        for _ in range(CASES_OF_A_VARIANT):
+            worst = max(worst, run_case(draw, variant))
+    except Exception:
+        return float("inf"), f"variant {number}, {variant}: {traceback.format_exc()}", 0
+    return worst, f"variant {number}: {variant}", CASES_OF_A_VARIANT
+
+
+def check_cases() -> dict[str, Any]:
+    # Compiling takes the time: several processes share the GPU.
+    workers = min(14, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        outcomes = list(pool.map(run_variant, range(VARIANTS)))
+    for worst, what, _ in outcomes:
+        if worst > 1:
+            print(f"error {worst}: {what}")
+    worst, what, _ = max(outcomes)
+    return {
+        "variants": VARIANTS,
+        "cases": sum(cases for _, _, cases in outcomes),
+        "failed": sum(worst > 1 for worst, _, _ in outcomes),
+        "worst_error": round(worst, 4),
+        "worst_variant": what,
+    }
+
+
+def check_not_finite() -> bool:
+    """One NaN or infinity makes its token, block or head visibly wrong, and no other."""
+    right = True
+    for dtype, scale, bad in product(LARGEST, ("token", "block", "head"), (float("nan"), float("inf"))):
+        x = torch.randn(1, 2, 128, 128, device="cuda", dtype=torch.bfloat16)
+        x[0, 1, 70, 3] = bad
+        values, scales = rotate_quantize(x, dtype=dtype, scale=scale, block_size=64)
+        size = {"token": 1, "block": 64, "head": 128}[scale]
+        per_token = scales.reshape(1, 2, -1).repeat_interleave(size, -1)
+        dequantized = values.float() * per_token[..., None]
+        wrong = ~dequantized.isfinite()
+        expected = torch.zeros_like(wrong)
+        expected[0, 1, 70 // size * size : (70 // size + 1) * size] = True
+        # A finite token whose scale is infinite or NaN must not look finite either.
+        right &= torch.equal(wrong, expected)
+    return right
+
+
+def check_repeats() -> bool:
+    x = torch.randn(1, 8, 3000, 128, device="cuda", dtype=torch.bfloat16)
+    right = True
+    for scale in ("token", "block", "head"):
+        first = rotate_quantize(x, scale=scale)
+        for _ in range(REPEATS // 3):
+            again = rotate_quantize(x, scale=scale)
+            right &= torch.equal(first[0].view(torch.int8), again[0].view(torch.int8))
+            right &= torch.equal(first[1], again[1])
+    return right
+
+
+def check_beyond_int32() -> bool:
+    """A tensor of more than 2^31 elements, and its last tokens alone."""
+    tokens = (1 << 21) + 5
+    x = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    right = True
+    for transpose in (False, True):
+        values, scale = rotate_quantize(x, transpose=transpose)
+        part, part_scale = rotate_quantize(x[:, 5:, -9:], transpose=transpose)
+        last = values[:, 5:, :, -9:] if transpose else values[:, 5:, -9:]
+        right &= torch.equal(last.view(torch.int8), part.view(torch.int8))
+        right &= torch.equal(scale[:, 5:, -9:], part_scale)
+        del values, scale
+    return right
+
+
+class Work(NamedTuple):
+    """What is timed: heads of d elements over some tokens, from bf16, stored as models do, [B, S, H, D].
+
+    Attributes:
+        name: what it is.
+        heads: of one launch each.
+        tokens, d: sizes.
+        options: of `rotate_quantize`.
+        rope: "none", or whether cos and sin are given "whole" or their "half".
+    """
+
+    name: str
+    heads: tuple[int, ...]
+    tokens: int
+    d: int
+    options: dict[str, Any]
+    rope: str = "none"
+
+
+def works() -> list[Work]:
+    both, fp8, int8 = (32, 8), torch.float8_e4m3fn, torch.int8
+    block = dict(scale="block", block_size=64)
+    return [
+        Work("q and k, fp8, token", both, 8192, 128, dict(dtype=fp8)),
+        Work("q and k, int8, token", both, 8192, 128, dict(dtype=int8)),
+        Work("q and k, fp8, block 64", both, 8192, 128, dict(dtype=fp8, **block)),
+        Work("q and k, int8, block 64", both, 8192, 128, dict(dtype=int8, **block)),
+        Work("q and k, fp8, head (x is read twice)", both, 8192, 128, dict(dtype=fp8, scale="head")),
+        Work("q and k, RoPE, fp8, token", both, 8192, 128, dict(dtype=fp8), "whole"),
+        Work("q and k, RoPE of one half, fp8, token", both, 8192, 128, dict(dtype=fp8), "half"),
+        Work("v, fp8, token", (8,), 8192, 128, dict(dtype=fp8, rotate=False)),
+        Work("v, transposed, fp8, token", (8,), 8192, 128, dict(dtype=fp8, rotate=False, transpose=True)),
+        Work("q and k, d 64, fp8, token", both, 16384, 64, dict(dtype=fp8)),
+        Work("q and k, d 96, fp8, token", both, 8192, 96, dict(dtype=fp8)),
+        Work("q and k, d 256, fp8, token", (16, 8), 8192, 256, dict(dtype=fp8)),
+        Work("q and k, one token, RoPE, fp8", both, 1, 128, dict(dtype=fp8), "half"),
+    ]
+
+
+def calls_of(work: Work, schedule: rotate_quantize_triton.Schedule | None = None) -> tuple[list[Any], int]:
+    """Calls on inputs that rotate out of the cache, and the bytes of one of them."""
+    d, tokens = work.d, work.tokens
+    elements = sum(work.heads) * tokens * d
+    copies = copies_to_rotate(3 * elements) if tokens > 1 else 16
+    calls = []
+    for _ in range(copies):
+        angles = torch.randn(1, tokens, d // 2 if work.rope == "half" else d, device="cuda")
+        front: dict[str, Any] = {}
+        if work.rope != "none":
+            front = dict(cos=angles.cos().bfloat16(), sin=angles.sin().bfloat16())
+        inputs = [
+            torch.randn(1, tokens, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for heads in work.heads
+        ]
+        calls.append(partial(run_work, inputs, work.options | front, schedule))
+    angle_bytes = 0 if work.rope == "none" else 4 * tokens * (d // 2 if work.rope == "half" else d)
+    return calls, 3 * elements + angle_bytes
+
+
+def run_work(
+    inputs: list[torch.Tensor], options: dict[str, Any], schedule: rotate_quantize_triton.Schedule | None
+) -> list[Any]:
+    if schedule is None:
+        return [rotate_quantize(x, **options) for x in inputs]
+    choose = rotate_quantize_triton.choose
+    rotate_quantize_triton.choose = lambda *_: schedule
+    try:
+        return [rotate_quantize(x, **options) for x in inputs]
+    finally:
+        rotate_quantize_triton.choose = choose
+
+
+def check_times() -> list[dict[str, Any]]:
+    bandwidth = copy_bandwidth()
+    times = []
+    for work in works():
+        calls, nbytes = calls_of(work)
+        floor = nbytes / bandwidth * 1e6
+        elapsed = graph_time(calls)
+        times.append(
+            {
+                "work": work.name,
+                "us": round(elapsed, 2),
+                "floor_us": round(floor, 2),
+                "share_of_floor": round(floor / elapsed, 3),
+            }
+        )
+    return times
+
+
+def candidates(work: Work) -> list[rotate_quantize_triton.Schedule]:
+    found = []
+    for (tile, warps), stages, programs in product(
+        ((64, 4), (128, 8), (128, 4), (64, 8)), (1, 2, 3, 4), (1, 2, 3, 4, 6, 16)
+    ):
+        # From 16 to 40 warps of a processor, and what is on its way fits into shared memory.
+        fills = 16 <= warps * programs <= 40 and tile * work.d * 2 * stages * programs < 220_000
+        # Without a loop there is one program for every few tiles.
+        if fills or (programs == 16 and stages == 1):
+            found.append(rotate_quantize_triton.Schedule(tile, warps, stages, programs))
+    return found
+
+
+def compile_schedule(job: tuple[int, rotate_quantize_triton.Schedule]) -> None:
+    """Compile into Triton's cache, from where the process that times loads it."""
+    work = works()[job[0]]
+    try:
+        calls_of(work, job[1])[0][0]()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(job, repr(error)[:200])
+
+
+def tune() -> None:
+    """Time the candidates of the works that matter most."""
+    chosen = [0, 1, 2, 5, 6, 8, 9, 11]
+    jobs = [(number, schedule) for number in chosen for schedule in candidates(works()[number])]
+    workers = min(14, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_schedule, jobs))
+    bandwidth = copy_bandwidth()
+    results: dict[int, list[tuple[float, str]]] = {}
+    for number, schedule in jobs:
+        try:
+            calls, nbytes = calls_of(works()[number], schedule)
+            share, what = nbytes / bandwidth * 1e6 / graph_time(calls, repeats=5), str(schedule)
+        except Exception as error:
+            share, what = 0.0, f"{schedule}: {repr(error)[:80]}"
+        results.setdefault(number, []).append((share, what))
+    for number, entries in results.items():
+        print(works()[number].name)
+        for share, what in sorted(entries, reverse=True)[:6]:
+            print(f"  {share:.3f} {what}")
+
+
+def sanitize() -> None:
+    """A few small problems of every kind, for compute-sanitizer."""
+    torch.use_deterministic_algorithms(True)
+    for number in range(16):
+        draw = random.Random(number)
+        torch.manual_seed(number)
+        assert run_case(draw, random_variant(draw)) <= 1
+    torch.cuda.synchronize()
+    print("sanitize: 16 variants ran")
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    sanitize_only: Annotated[
+        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
+    ] = False,
+    tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
+) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this check needs a CUDA device")
+    if sanitize_only:
+        return sanitize()
+    if tune_only:
+        return tune()
+    report: dict[str, Any] = {
+        "command": "python scripts/check_rotate_quantize_gpu.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "hf_hadacore": hf_hadacore.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    checks: dict[str, Callable[[], Any]] = {
+        "random_cases": check_cases,
+        "nan_and_infinity_stay_visible": check_not_finite,
+        "repeats_are_identical": check_repeats,
+        "beyond_2_31_elements": check_beyond_int32,
+        "times": check_times,
+    }
+    failed = []
+    for name, check in checks.items():
+        try:
+            report[name] = check()
+        except Exception:
+            print(f"{name}: {traceback.format_exc()}")
+            report[name] = False
+        if report[name] is False:
+            failed.append(name)
+    if report["random_cases"] and report["random_cases"]["failed"]:
+        failed.append("random_cases")
+    report["failed"] = failed
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
+    for entry in report["times"] or []:
+        print("{share_of_floor:.3f} of the floor, {us} us  {work}".format(**entry))
+    if failed:
+        raise SystemExit(f"failed: {failed}")
+    print("all right")
+
+
+if __name__ == "__main__":
+    typer.run(main)
