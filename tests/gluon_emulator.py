@@ -1,8 +1,8 @@
 """Runs Gluon kernels on CPU tensors, for what they compute: Triton's interpreter does not know Gluon.
 
-Layouts say where elements lie, not what they are, so here they are ignored: that conversions between them cost
-nothing is asserted by the kernels themselves when they are compiled. Memory is checked: nothing outside a tensor is
-read or written, and nothing is written twice by one kernel.
+Layouts say where elements lie, not what they are, so here they are ignored: that conversions between them
+cost nothing is asserted by the kernels themselves when they are compiled. Memory is checked: nothing outside
+a tensor is read or written, and nothing is written twice by one kernel.
 """
 
 from types import FunctionType, ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""The Gluon kernels of the Hadamard transform without a GPU: emulated for results, compiled for what they become."""
+"""The Hadamard kernels without a GPU: emulated for their results, compiled for what they become."""
 
 import re
 
