@@ -3,11 +3,14 @@
 transformers' "sdpa" repeats keys and values for every query head that shares them, as soon as there is a
 mask, and PyTorch turns a boolean mask into an additive one in every layer. For a batch of 16 that is several
 times the traffic of reading the cache itself. Here the query heads that share a key head are its rows, so
-nothing is repeated, and the mask is additive from the start.
+nothing is repeated, and the mask is additive from the start. On CUDA that is a kernel of our own, see
+`kernels.decode_attention_triton`; PyTorch's serves what it does not fit.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +19,21 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .kernels.launcher import goes_straight
+
 NAME = "hadacore_decode"
+# What else attention may be asked for, and the kernel does not do.
+_EXTRAS = ("position_bias", "softcap", "s_aux", "cache")
+
+
+@cache
+def _kernel() -> Any:
+    """The module with the Triton kernel; None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    from .kernels import decode_attention_triton
+
+    return decode_attention_triton
 
 
 def decode_attention_forward(
@@ -42,6 +59,14 @@ def decode_attention_forward(
     Returns:
         ``[B, S, Hq, D]``, and None for the weights.
     """
+    if (
+        goes_straight(query)
+        and dropout == 0.0
+        and (kernel := _kernel()) is not None
+        and kernel.fits(query, key, value, attention_mask)
+        and all(kwargs.get(name) is None for name in _EXTRAS)
+    ):
+        return kernel.decode_attention(query, key, value, attention_mask, scaling), None
     batch, heads, tokens, _ = query.shape
     key_heads = key.shape[1]
     if (
