@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FormatError
-from ..hadamard_matrices import hadamard_factors, hadamard_matrix
+from ..hadamard_matrices import hadamard_factors
+from .hadamard import hadamard_transform
 from .launcher import goes_straight, on_device
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
@@ -55,7 +56,8 @@ def rotate_quantize(
     largest number of the dtype: zeros have a scale. NaN or infinity in x makes it NaN or infinite, so that
     every dequantized value that shares it is NaN or infinite too, from int8 as well.
 
-    Not differentiable.
+    Not differentiable. On CUDA rows of more than 256 elements take several passes: `hadamard_transform`, then
+    torch.
 
     Args:
         x: fp16, bf16 or fp32 ``[B, H, S, D]``, any strides, D even; ``[B, S, H, D].transpose(1, 2)`` is
@@ -172,11 +174,7 @@ def _rotated(x, rotate, offset, cos, sin, sign) -> torch.Tensor:
         y = y * cos + torch.cat((-second, first), dim=-1) * sin
     if offset is not None:
         y = y - offset.unsqueeze(-2)
-    if sign is not None:
-        y = y * sign.float()
-    if rotate:
-        y = F.linear(y, hadamard_matrix(int(x.shape[-1])).to(x.device, torch.float32))
-    return y
+    return hadamard_transform(y, 1.0, sign=sign) if rotate else y
 
 
 def _empty(x, dtype, scale, block_size, transpose) -> tuple[torch.Tensor, torch.Tensor]:

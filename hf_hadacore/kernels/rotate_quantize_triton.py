@@ -27,18 +27,15 @@ _ROUND_TO_INTEGER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _sylvester(SIZE: tl.constexpr, PADDED: tl.constexpr, dtype: tl.constexpr):
-    """The matrix of order SIZE, a power of two up to 128, in ``[PADDED, PADDED]`` with zeros around."""
-    o = tl.arange(0, PADDED)
+def _sylvester(SIZE: tl.constexpr, dtype: tl.constexpr):
+    """The matrix of order SIZE, a power of two up to 128; smaller ones repeat themselves in it."""
+    o = tl.arange(0, SIZE)
     # The sign is the parity of the common bits of row and column.
     b_common = o[:, None] & o[None, :]
     b_common ^= b_common >> 4
     b_common ^= b_common >> 2
     b_common ^= b_common >> 1
-    b_signs = 1 - 2 * (b_common & 1)
-    if SIZE < PADDED:
-        b_signs = tl.where((o < SIZE)[:, None] & (o < SIZE)[None, :], b_signs, 0)
-    return b_signs.to(dtype)
+    return (1 - 2 * (b_common & 1)).to(dtype)
 
 
 @triton.jit
@@ -148,7 +145,7 @@ def _rotate_quantize_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if ROTATE:
         if p_matrix is None:
-            b_low_matrix = _sylvester(HALF, PADDED, TERM)
+            b_low_matrix = _sylvester(PADDED, TERM)
             b_high_matrix = b_low_matrix
         else:
             b_low_matrix = _quarter(p_matrix, 0, 0, D, PADDED, TERM)
