@@ -8,6 +8,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from decode_attention_cases import MASKS, exact_attention, make_mask
 from kernel_helpers import in_floors
 
 from hf_hadacore.kernels import decode_attention_triton
@@ -27,46 +28,6 @@ SHAPES = [
     (1, 5, 1, 256, 200),
     (3, 2, 1, 128, 1),
 ]
-MASKS = ("none", "tail", "padding", "window", "holes", "bias", "one key", "nothing")
-
-
-def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) -> torch.Tensor | None:
-    if kind == "none":
-        return None
-    position = torch.arange(length)
-    mask = torch.zeros(batch, 1, 1, length)
-    if kind == "tail":
-        mask[..., position > length // 2] = -torch.inf
-    elif kind == "padding":
-        for row in range(batch):
-            mask[row, ..., position < (row + 1) * length // (batch + 1)] = -torch.inf
-    elif kind == "window":
-        mask[..., (position < length // 3) | (position > length // 2)] = -torch.inf
-    elif kind == "holes":
-        hidden = torch.rand(length, generator=generator) < 0.6
-        hidden[length // 2] = False
-        mask[..., hidden] = -torch.inf
-    elif kind == "bias":
-        mask = torch.randn(1, 1, 1, length, generator=generator)
-        mask[..., : length // 4] = torch.finfo(F16).min
-    elif kind == "one key":
-        mask[..., position != length - 1] = -torch.inf
-    else:
-        # Of the first sequence.
-        mask[0] = -torch.inf
-    return mask.to(F16)
-
-
-def exact_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """``[B, 1, Hq, D]`` in float64; 0 where everything is masked."""
-    batch, heads, _, d = q.shape
-    grouped = q.double().reshape(batch, keys.shape[1], -1, d)
-    logits = grouped @ keys.double().transpose(2, 3) * scale
-    if mask is not None:
-        logits = logits + mask.double()
-    return (logits.softmax(-1).nan_to_num(0.0) @ values.double()).reshape(batch, 1, heads, d)
 
 
 def hide_unread(tensor: torch.Tensor, mask: torch.Tensor, splits: int) -> torch.Tensor:
@@ -91,7 +52,7 @@ def check(shape: tuple[int, int, int, int, int], kind: str, splits: int) -> None
     fused = torch.randn(batch, 1, heads + 2 * kv_heads, d, generator=generator).to(F16)
     q = fused[:, :, :heads].transpose(1, 2)
     keys, values = torch.randn(2, batch, kv_heads, length, d, generator=generator).to(F16)
-    mask = make_mask(kind, batch, length, generator)
+    mask = make_mask(kind, batch, length, F16, generator)
     scale = 0.15 if splits % 2 else None
     exact = exact_attention(q, keys, values, mask, scale or d**-0.5)
     if mask is not None:
