@@ -181,12 +181,13 @@ def test_settings_for_other_products_do_not_matter():
     y = hadamard_transform(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(hadamard_transform(x), y)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         assert in_floors(hadamard_transform(x), dense(x)) <= 1.05
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
     with torch.inference_mode():
         assert torch.equal(hadamard_transform(x), y)
         assert torch.equal(hadamard_transform(x + 0, inplace=True), y)

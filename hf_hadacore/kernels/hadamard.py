@@ -18,8 +18,8 @@ from .launcher import on_device
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ARGUMENTS = "float? scale, Tensor? sign, int? block_size, bool transpose"
 
-# Elements that `transform_by_products` works on at a time: two buffers of them fit a CPU's L2 or L3 cache.
-_CHUNK = 1 << 18
+# Bytes that `transform_by_products` works on at a time: two buffers of them fit the caches of a CPU.
+_CHUNK_BYTES = 1 << 20
 # Powers of two up to this one are one matrix product; larger ones are split into factors of 8 to 32.
 _MAX_DENSE = 64
 
@@ -85,10 +85,11 @@ def transform_by_products(
     rows, n = x.shape
     # Sums of 32 products lose more of fp32 than a butterfly does, and what the user allows fp32 products to
     # be (TF32, bf16) is not meant for a rotation.
-    fits = x.dtype != torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    fits = x.dtype != torch.float32 and backend.matmul.fp32_precision in ("none", "ieee")
     dtype = torch.float32 if fits else torch.float64
     matrices = [matrix.to(x.device) for matrix in _matrices(factors, scale, dtype, transpose)]
-    step = max(1, _CHUNK // n)
+    step = max(1, _CHUNK_BYTES // (dtype.itemsize * n))
     buffers = torch.empty((2, min(step, rows) * n), dtype=dtype, device=x.device)
     for part, result in zip(x.split(step), out.split(step), strict=True):
         source, target = buffers[:, : part.numel()]
