@@ -156,7 +156,7 @@ def print_best(results: list[dict[str, Any]]) -> None:
         wrong = sum(row["n"] == n and not row["error_in_floors"] <= 1.05 for row in results)
         cells = [
             f"{row['schedule'][0]}*2^{row['schedule'][1]} r{row['schedule'][2]} w{row['schedule'][3]}"
-            f"{'m' if row['schedule'][4] else ''}{'u' if row['schedule'][5] else ''} "
+            f"{'m' if row['schedule'][4] else ''}{'u' if row['schedule'][5] else ''}s{row['schedule'][6]} "
             f"{row['share_of_copy']:.3f}/{row['times_copy_hot']:.2f}"
             for row in (
                 *sorted(timed, key=lambda row: row["cold_us"])[:3],

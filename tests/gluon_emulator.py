@@ -5,7 +5,7 @@ cost nothing is asserted by the kernels themselves when they are compiled. Memor
 a tensor is read or written, and nothing is written twice by one kernel.
 """
 
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,8 +41,10 @@ class _Language:
     float32, bfloat16, int64 = torch.float32, torch.bfloat16, torch.int64
     static_range = range
 
-    def __init__(self, num_warps: int):
+    def __init__(self, num_warps: int, programs: int):
         self.num_warps = lambda: num_warps
+        self.num_programs = lambda axis: torch.tensor(programs)
+        self.allocate_shared_memory = _Shared
         self.program = 0
 
     def program_id(self, axis):
@@ -89,6 +91,12 @@ class _Language:
     def NVMMADistributedLayout(self, version, warps_per_cta, instr_shape):
         return None
 
+    def BlockedLayout(self, size_per_thread, threads_per_warp, warps_per_cta, order):
+        return None
+
+    def SwizzledSharedLayout(self, vec, per_phase, max_phase, order):
+        return None
+
     def DotOperandLayout(self, operand_index, parent, k_width):
         return None
 
@@ -98,9 +106,40 @@ def _mma_v2(a, b, acc):
     return acc + a.float() @ b.float()
 
 
+class _Shared:
+    """Shared memory, unwritten."""
+
+    def __init__(self, dtype, shape, layout):
+        self.values = torch.full(shape, float("nan"), dtype=dtype)
+        self.dtype, self.shape = dtype, shape
+
+    def load(self, layout):
+        return self.values.clone()
+
+
+def _copy_to_shared(shared, pointer, mask):
+    assert pointer.offsets.shape == shared.values.shape
+    shared.values[torch.broadcast_to(mask, shared.values.shape)] = pointer.tensor[pointer.places(mask)]
+
+
+def _range(*bounds):
+    return (torch.tensor(i) for i in range(*bounds))
+
+
+def _nothing(*_):
+    pass
+
+
+_REPLACEMENTS = {
+    "mma_v2": _mma_v2,
+    "copy_to_shared": _copy_to_shared,
+    "async_copy": SimpleNamespace(commit_group=_nothing, wait_group=_nothing),
+    "barrier": _nothing,
+}
+
+
 def emulate(
-    module: ModuleType,
-    name: str,
+    kernel: JITFunction,
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
     programs: int,
@@ -110,23 +149,34 @@ def emulate(
     """Run a kernel.
 
     Args:
-        module: with the kernel and everything that it calls.
-        name: of the kernel.
+        kernel: any number of modules may define what it calls.
         arguments: tensors and numbers, as for a launch.
         constants: values of the constexpr parameters after them.
         programs: of the grid.
         num_warps: of a program.
-        replacements: functions of the module that are no Gluon code.
+        replacements: functions by name that are no Gluon code.
     """
-    language = _Language(num_warps)
-    scope = dict(vars(module)) | {"gl": language, "mma_v2": _mma_v2} | replacements
-    for key, value in vars(module).items():
-        if isinstance(value, JITFunction) and key not in replacements:
-            scope[key] = FunctionType(value.fn.__code__, scope, key)
-        elif isinstance(value, ConstexprFunction):
-            scope[key] = value.fn
+    language = _Language(num_warps, programs)
+    scopes: dict[int, dict[str, Any]] = {}
+
+    def emulated(value: Any) -> Any:
+        if isinstance(value, ConstexprFunction):
+            return value.fn
+        if isinstance(value, JITFunction):
+            return FunctionType(value.fn.__code__, scope_of(value.fn.__globals__), value.__name__)
+        return value
+
+    def scope_of(module: dict[str, Any]) -> dict[str, Any]:
+        if id(module) not in scopes:
+            scope = scopes[id(module)] = {}
+            scope |= {name: emulated(value) for name, value in module.items()}
+            scope |= {name: value for name, value in (_REPLACEMENTS | replacements).items() if name in module}
+            scope |= {"gl": language, "range": _range}
+        return scopes[id(module)]
+
+    function = emulated(kernel)
     # A tensor that is passed twice is one memory.
     pointers = {id(a): _Pointer.to(a) for a in arguments if isinstance(a, torch.Tensor)}
     for language.program in range(programs):
         values = [torch.tensor(a) if isinstance(a, int) else pointers.get(id(a), a) for a in arguments]
-        scope[name](*values, *constants)
+        function(*values, *constants)

@@ -41,6 +41,8 @@ class Schedule(NamedTuple):
         is_mixed: the matrix index is made of low bits (see `hadamard_layouts.Plan`); for powers of two from
             256 on, with m = 16.
         is_unrolled: the loop over 16 rows of H_m is unrolled.
+        streams: programs that a processor runs at the same time, each transforming one tile of rows after the
+            other while it loads the next (`hadamard_streamed`, mixed only); 0 for a program a tile.
     """
 
     matrix: int
@@ -49,6 +51,7 @@ class Schedule(NamedTuple):
     num_warps: int
     is_mixed: bool
     is_unrolled: bool
+    streams: int = 0
 
 
 @cache
@@ -106,7 +109,13 @@ def choose(heads: tuple[int, ...], column_bits: int, is_wide: bool) -> Schedule:
 
 
 def schedule(
-    m: int, c: int, columns: int, min_warps: int, is_mixed: bool = False, is_unrolled: bool = True
+    m: int,
+    c: int,
+    columns: int,
+    min_warps: int,
+    is_mixed: bool = False,
+    is_unrolled: bool = True,
+    streams: int = 0,
 ) -> Schedule:
     """A schedule by the number of columns of a warp: rows of a program as many as its warps have room for.
 
@@ -114,9 +123,10 @@ def schedule(
         m, c: as in `Schedule`.
         columns: of a warp, of one or several rows; at least 16.
         min_warps: more are taken where one row needs more.
+        is_mixed, is_unrolled, streams: as in `Schedule`.
     """
     num_warps = max(min_warps, (1 << c) // columns)
-    return Schedule(m, c, (num_warps * columns) >> c, num_warps, is_mixed, is_unrolled)
+    return Schedule(m, c, (num_warps * columns) >> c, num_warps, is_mixed, is_unrolled, streams)
 
 
 def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
@@ -124,23 +134,24 @@ def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
     m, c = prod(heads), column_bits
     mixed: list[Schedule] = []
     if heads:
-        splits = [(m << a, c - a) for a in range(3) if c >= a]
+        splits = [(m << a, c - a) for a in range(2) if c >= a]
     elif c < 8:
         splits = [(max(1, 1 << c >> 3), min(c, 3))]
     else:
-        splits = [(1 << a, c - a) for a in (5, 6, 7) if c >= 12]
+        splits = [(1 << a, c - a) for a in (6, 7) if c >= 13]
         mixed = [
-            schedule(16, c - 4, columns, num_warps, is_mixed=True)
+            schedule(16, c - 4, columns, num_warps, is_mixed=True, streams=streams)
             for columns in (64, 128)
             for num_warps in (1, 2, 4, 8)
+            for streams in ((0, 1, 2, 3, 4) if c >= 12 else (0, 8 if columns == 64 else 4) if c > 8 else (0,))
         ]
     others = [
         schedule(matrix, rest, columns, num_warps, is_unrolled=is_unrolled)
         for matrix, rest in splits
-        for columns in (32, 64, 128)
+        for columns in ((64, 128) if matrix <= 16 else (32, 64))
         # A thread's share of x and of one tile of the result must fit its registers.
         if matrix <= MAX_MATRIX and rest != _PRODUCT_BITS and (matrix + 47) // 16 * columns <= 640
-        for num_warps in (1, 2, 4, 8)
+        for num_warps in (2, 4, 8)
         for is_unrolled in ((True,) if matrix <= 16 else (True, False) if matrix <= 64 else (False,))
     ]
     return [

@@ -12,6 +12,7 @@ import torch
 from ..hadamard_matrices import hadamard_matrix
 from . import hadamard_schedules as schedules
 from .launcher import run
+from .w4a16_launch import processors_of
 
 # Intermediate results of sizes that take several passes stay in the L2 cache: rows are transformed in groups.
 _WORKSPACE_BYTES = 1 << 24
@@ -81,6 +82,7 @@ def _transform_rows(
     schedule: schedules.Schedule | None,
 ) -> None:
     from .hadamard_gluon import rows_kernel
+    from .hadamard_streamed import streamed_kernel
 
     rows = x.shape[0]
     terms, later_terms = _terms(x, out)
@@ -90,23 +92,18 @@ def _transform_rows(
         (*steps.heads, schedule.matrix // prod(steps.heads)), schedule.is_mixed, transpose, x.dtype, x.device
     )
     unit = _unit(x.stride(0), out.stride(0))
-    _run(
-        rows_kernel,
-        (x, out, matrix, sign),
-        (rows, x.stride(0) // unit, out.stride(0) // unit, scale),
-        (
-            schedule.matrix,
-            schedule.column_bits,
-            schedule.rows,
-            schedule.is_mixed,
-            terms,
-            later_terms,
-            unit,
-            schedule.is_unrolled,
-        ),
-        -(-rows // schedule.rows),
-        schedule.num_warps,
-    )
+    tensors = (x, out, matrix, sign)
+    sizes = (rows, x.stride(0) // unit, out.stride(0) // unit, scale)
+    programs = -(-rows // schedule.rows)
+    m, c = schedule.matrix, schedule.column_bits
+    constants: tuple[int, ...]
+    if schedule.streams and unit == 8 and x.data_ptr() % 16 == 0:
+        programs = min(programs, schedule.streams * processors_of(x.device.index or 0))
+        constants = (m.bit_length() - 1, c, schedule.rows, terms, later_terms)
+        _run(streamed_kernel, tensors, sizes, constants, programs, schedule.num_warps)
+    else:
+        constants = (m, c, schedule.rows, schedule.is_mixed, terms, later_terms, unit, schedule.is_unrolled)
+        _run(rows_kernel, tensors, sizes, constants, programs, schedule.num_warps)
 
 
 def _transform_columns(
