@@ -28,10 +28,8 @@ _MAX_SPLITS = 32
 # fp32 values that a program has in registers when it adds up those of the splits.
 _COMBINED = 4096
 
-
-# Two blocks of keys and values are on their way while a third is worked on: 64 KiB of shared memory, which is
-# more than a processor's share of what memory delivers in its latency. Triton's interpreter does not know the
-# launch option.
+# Three stages are two buffers of 32 KiB of keys and values: the next block is on its way while one is worked
+# on. Triton's interpreter does not know the launch option.
 _OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"num_stages": 3, "enable_fp_fusion": True},
     True: {"num_stages": 3, "enable_fp_fusion": True, "launch_pdl": True},
@@ -240,7 +238,7 @@ def _power_of_2(n: int) -> int:
 
 
 def block_of(head_dim: int) -> int:
-    """Keys that a program takes at a time: 16 KiB, which is few enough for short buffers to be split."""
+    """Keys that a program takes at a time: 16 KiB, few enough for short buffers to be split."""
     return 64 if head_dim <= 128 else 32
 
 
