@@ -7,6 +7,7 @@ from . import compat, errors
 from ._version import __version__
 from .config import QUANT_METHOD, HadaCoreConfig
 from .kernels.hadamard import hadamard_transform
+from .kernels.rotate_quantize import rotate_quantize
 from .linear import HadaCoreLinear
 from .quantizer import HadaCoreHfQuantizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "errors",
     "hadamard_transform",
+    "rotate_quantize",
 ]
 
 compat.register(QUANT_METHOD, HadaCoreConfig, HadaCoreHfQuantizer)

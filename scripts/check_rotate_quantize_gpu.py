@@ -15,8 +15,7 @@ import os
 import platform
 import random
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
@@ -38,17 +37,25 @@ from hf_hadacore.kernels.rotate_quantize import (
     rotate_quantize,
     rotate_quantize_into_cache,
 )
+from hf_hadacore.kernels.rotate_quantize_triton import Schedule
 
-VARIANTS = 140
-CASES_OF_A_VARIANT = 16
+VARIANTS = 160
+CASES_OF_A_VARIANT = 14
 REPEATS = 1000
 HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 # What fp32 sums may be off, relative to a token's largest magnitude.
 SUMS = 2e-5
-# The same where two bf16 terms go into them.
+# The same where two bf16 terms of a value go into them.
 TWO_TERMS = 1e-4
 # Bits of the mantissa and exponent of the smallest normal number.
 _FORMATS = {torch.float8_e4m3fn: (3, -6), torch.float8_e5m2: (2, -14)}
+
+
+def nearest_bf16(x: torch.Tensor) -> torch.Tensor:
+    """float64 rounded to bf16's 8 significant bits once: torch's own cast goes through fp32."""
+    bits = x.view(torch.int64)
+    bits = bits + (1 << 44) - 1 + (bits >> 45 & 1)
+    return (bits >> 45 << 45).view(torch.float64)
 
 
 def exact_rotation(
@@ -59,17 +66,20 @@ def exact_rotation(
     sin: torch.Tensor | None = None,
     sign: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What is quantized, in float64."""
+    """What is quantized, in float64, but for what `rotate_quantize` promises to round where x is bf16."""
+    d, is_bf16 = x.shape[-1], x.dtype == torch.bfloat16
     x = x.double()
-    d = x.shape[-1]
     if cos is not None and sin is not None:
+        rounded = nearest_bf16 if is_bf16 and cos.dtype == torch.bfloat16 else torch.Tensor.double
         low, high = x[..., : d // 2], x[..., d // 2 :]
         cos, sin = cos.double()[:, None], sin.double()[:, None]
-        first = low * cos[..., : d // 2] - high * sin[..., : d // 2]
-        second = high * cos[..., -(d // 2) :] + low * sin[..., -(d // 2) :]
+        first = rounded(rounded(low * cos[..., : d // 2]) - high * sin[..., : d // 2])
+        second = rounded(rounded(high * cos[..., -(d // 2) :]) + low * sin[..., -(d // 2) :])
         x = torch.cat((first, second), dim=-1)
     if offset is not None:
         x = x - offset.double()[..., None, :]
+        # What is rounded to bf16 is fp32.
+        x = nearest_bf16(x.float().double()) if is_bf16 and rotate else x
     if sign is not None:
         x = x * sign.double()
     return x @ hadamard_matrix(d).to(x).T * d**-0.5 if rotate else x
@@ -123,6 +133,8 @@ class Variant(NamedTuple):
     has_offset: bool
     rope: str
     has_sign: bool
+    layout: str
+    is_aligned: bool
 
 
 def random_variant(draw: random.Random) -> Variant:
@@ -138,13 +150,14 @@ def random_variant(draw: random.Random) -> Variant:
         draw.random() < 0.3,
         draw.choice(["none", "none", "whole", "half"]),
         rotate and draw.random() < 0.2,
+        draw.choice(["contiguous", "tokens first", "tokens first", "fused", "every second", "odd"]),
+        draw.random() < 0.5,
     )
 
 
-def draw_x(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``[B, H, S, D]`` in one of the layouts that attention or a cache may hand over."""
+def draw_x(draw: random.Random, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``[B, H, S, D]`` in a layout that attention or a cache may hand over."""
     batch, heads, tokens, d = shape
-    layout = draw.choice(["contiguous", "tokens first", "fused", "every second", "odd"])
     if layout == "contiguous":
         x = torch.randn(shape, device="cuda").to(dtype)
     elif layout == "tokens first":
@@ -169,9 +182,11 @@ def draw_x(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> t
 def draw_case(draw: random.Random, variant: Variant) -> tuple[torch.Tensor, dict[str, Any]]:
     """x and the arguments of `exact_rotation`."""
     d = variant.d
-    batch, heads = draw.choice([(1, 1), (2, 3), (1, 8), (3, 2)])
-    tokens = draw.choice([1, 2, 7, 16, 63, 64, 65, 100, 129, 512, 1000])
-    x = draw_x(draw, (batch, heads, tokens, d), variant.x_dtype)
+    batch, heads = draw.choice([(1, 1), (2, 3), (1, 8), (3, 2), (2, 4)])
+    tokens = draw.choice(
+        [16, 64, 112, 512, 1008] if variant.is_aligned else [1, 2, 7, 63, 65, 100, 129, 1000]
+    )
+    x = draw_x(draw, variant.layout, (batch, heads, tokens, d), variant.x_dtype)
     offset = cos = sin = sign = None
     if variant.has_offset:
         shape = draw.choice([(heads, d), (1, heads, d), (batch, heads, d)])
@@ -188,8 +203,9 @@ def draw_case(draw: random.Random, variant: Variant) -> tuple[torch.Tensor, dict
 
 
 def tolerance_of(x: torch.Tensor, front: dict[str, Any]) -> float:
-    is_exact = x.dtype != torch.float32 and front["offset"] is None and front["cos"] is None
-    return SUMS if is_exact or not front["rotate"] else TWO_TERMS
+    has_front = front["offset"] is not None or front["cos"] is not None
+    is_one_term = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and not has_front)
+    return SUMS if is_one_term or not front["rotate"] else TWO_TERMS
 
 
 def run_case(draw: random.Random, variant: Variant) -> float:
@@ -219,6 +235,8 @@ def check_cache(
     start = draw.choice([0, 5, 64])
     room = draw.choice([0, 0, 9, -1])
     capacity = max(start, start + tokens + room)
+    if variant.is_aligned:
+        capacity = -(-capacity // 16) * 16
     shape = (batch, heads, d, capacity) if variant.transpose else (batch, heads, capacity, d)
     cache = torch.empty(shape, dtype=variant.dtype, device="cuda")
     before = cache.clone().view(torch.int8)
@@ -251,11 +269,7 @@ def run_variant(number: int) -> tuple[float, str, int]:
     return worst, f"variant {number}: {variant}", CASES_OF_A_VARIANT
 
 
-def check_cases() -> dict[str, Any]:
-    # Compiling takes the time: several processes share the GPU.
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        outcomes = list(pool.map(run_variant, range(VARIANTS)))
+def summary_of(outcomes: list[tuple[float, str, int]]) -> dict[str, Any]:
     for worst, what, _ in outcomes:
         if worst > 1:
             print(f"error {worst}: {what}")
@@ -353,11 +367,13 @@ def works() -> list[Work]:
     ]
 
 
-def calls_of(work: Work, schedule: rotate_quantize_triton.Schedule | None = None) -> tuple[list[Any], int]:
+def calls_of(
+    work: Work, schedule: Schedule | None = None, copies: int | None = None
+) -> tuple[list[Any], int]:
     """Calls on inputs that rotate out of the cache, and the bytes of one of them."""
     d, tokens = work.d, work.tokens
     elements = sum(work.heads) * tokens * d
-    copies = copies_to_rotate(3 * elements) if tokens > 1 else 16
+    copies = copies or (copies_to_rotate(3 * elements) if tokens > 1 else 16)
     calls = []
     for _ in range(copies):
         angles = torch.randn(1, tokens, d // 2 if work.rope == "half" else d, device="cuda")
@@ -373,9 +389,7 @@ def calls_of(work: Work, schedule: rotate_quantize_triton.Schedule | None = None
     return calls, 3 * elements + angle_bytes
 
 
-def run_work(
-    inputs: list[torch.Tensor], options: dict[str, Any], schedule: rotate_quantize_triton.Schedule | None
-) -> list[Any]:
+def run_work(inputs: list[torch.Tensor], options: dict[str, Any], schedule: Schedule | None) -> list[Any]:
     if schedule is None:
         return [rotate_quantize(x, **options) for x in inputs]
     choose = rotate_quantize_triton.choose
@@ -404,48 +418,61 @@ def check_times() -> list[dict[str, Any]]:
     return times
 
 
-def candidates(work: Work) -> list[rotate_quantize_triton.Schedule]:
-    found = []
-    for (tile, warps), stages, programs in product(
-        ((64, 4), (128, 8), (128, 4), (64, 8)), (1, 2, 3, 4), (1, 2, 3, 4, 6, 16)
-    ):
-        # From 16 to 40 warps of a processor, and what is on its way fits into shared memory.
-        fills = 16 <= warps * programs <= 40 and tile * work.d * 2 * stages * programs < 220_000
-        # Without a loop there is one program for every few tiles.
-        if fills or (programs == 16 and stages == 1):
-            found.append(rotate_quantize_triton.Schedule(tile, warps, stages, programs))
-    return found
+def candidates() -> list[tuple[int, Schedule]]:
+    """Schedules of the works that are below what they should reach: the number of the work and a schedule."""
+    plain = [
+        *(Schedule(tile, warps) for tile, warps in ((64, 4), (128, 4), (64, 8), (128, 8))),
+        *(Schedule(64, 4, stages, programs) for stages in (2, 3) for programs in (4, 5)),
+        Schedule(128, 4, 2, 3),
+        Schedule(128, 8, 2, 2),
+    ]
+    rope = [
+        *(Schedule(tile, 4, heads=heads) for tile in (64, 128) for heads in (2, 4, 8)),
+        *(Schedule(tile, 8, heads=4) for tile in (64, 128)),
+        *(
+            Schedule(64, 4, stages, programs, heads)
+            for stages, programs in ((2, 3), (3, 3))
+            for heads in (2, 4)
+        ),
+        Schedule(128, 8, 2, 1),
+    ]
+    wide = [
+        *(Schedule(tile, warps) for tile, warps in ((64, 4), (64, 8), (128, 8))),
+        *(Schedule(64, 8, stages, programs) for stages, programs in ((2, 2), (2, 3), (3, 2))),
+        Schedule(128, 8, 2, 1),
+    ]
+    found = {0: plain, 2: plain[:6], 6: rope, 11: wide}
+    return [(number, schedule) for number, schedules in found.items() for schedule in schedules]
 
 
-def compile_schedule(job: tuple[int, rotate_quantize_triton.Schedule]) -> None:
+def compile_work(number: int, schedule: Schedule | None = None) -> None:
     """Compile into Triton's cache, from where the process that times loads it."""
-    work = works()[job[0]]
-    try:
-        calls_of(work, job[1])[0][0]()
-        torch.cuda.synchronize()
-    except Exception as error:
-        print(job, repr(error)[:200])
+    calls_of(works()[number], schedule, copies=1)[0][0]()
+    torch.cuda.synchronize()
+
+
+def pool_of_processes() -> ProcessPoolExecutor:
+    """Compiling takes the time: several processes share the GPU."""
+    return ProcessPoolExecutor(min(14, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
 
 
 def tune() -> None:
     """Time the candidates of the works that matter most."""
-    chosen = [0, 1, 2, 5, 6, 8, 9, 11]
-    jobs = [(number, schedule) for number in chosen for schedule in candidates(works()[number])]
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_schedule, jobs))
+    jobs = candidates()
+    with pool_of_processes() as pool:
+        futures = [pool.submit(compile_work, *job) for job in jobs]
     bandwidth = copy_bandwidth()
     results: dict[int, list[tuple[float, str]]] = {}
-    for number, schedule in jobs:
-        try:
+    for (number, schedule), future in zip(jobs, futures, strict=True):
+        if future.exception() is not None:
+            share, what = 0.0, f"{schedule}: {future.exception()!r}"[:150]
+        else:
             calls, nbytes = calls_of(works()[number], schedule)
             share, what = nbytes / bandwidth * 1e6 / graph_time(calls, repeats=5), str(schedule)
-        except Exception as error:
-            share, what = 0.0, f"{schedule}: {repr(error)[:80]}"
         results.setdefault(number, []).append((share, what))
     for number, entries in results.items():
         print(works()[number].name)
-        for share, what in sorted(entries, reverse=True)[:6]:
+        for share, what in sorted(entries, reverse=True):
             print(f"  {share:.3f} {what}")
 
 
@@ -484,30 +511,32 @@ def main(
             "python": platform.python_version(),
         },
     }
-    checks: dict[str, Callable[[], Any]] = {
-        "random_cases": check_cases,
+    checks = {
         "nan_and_infinity_stay_visible": check_not_finite,
         "repeats_are_identical": check_repeats,
         "beyond_2_31_elements": check_beyond_int32,
-        "times": check_times,
     }
-    failed = []
-    for name, check in checks.items():
-        try:
-            report[name] = check()
-        except Exception:
-            print(f"{name}: {traceback.format_exc()}")
-            report[name] = False
-        if report[name] is False:
+    with pool_of_processes() as pool:
+        futures: dict[str, Future[bool]] = {name: pool.submit(check) for name, check in checks.items()}
+        compiled = [pool.submit(compile_work, number) for number in range(len(works()))]
+        report["random_cases"] = summary_of(list(pool.map(run_variant, range(VARIANTS))))
+    failed = ["random_cases"] if report["random_cases"]["failed"] else []
+    for name, future in futures.items():
+        error = future.exception()
+        if error is not None:
+            print(f"{name}: {error!r}")
+        report[name] = error is None and future.result()
+        if not report[name]:
             failed.append(name)
-    if report["random_cases"] and report["random_cases"]["failed"]:
-        failed.append("random_cases")
+    for compilation in compiled:
+        compilation.result()
+    report["times"] = check_times()
     report["failed"] = failed
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
-    for entry in report["times"] or []:
+    for entry in report["times"]:
         print("{share_of_floor:.3f} of the floor, {us} us  {work}".format(**entry))
     if failed:
         raise SystemExit(f"failed: {failed}")

@@ -101,6 +101,8 @@ def check_front() -> None:
         offset = 10 * random(1 if number else batch, heads, d, seed=3).float()
         dtype = list(LARGEST)[number]
         check(x, dtype, **rope)
+        # Some heads in a tile, each with several scales.
+        check(x, dtype, group=16, **rope)
         # The last block has more places than tokens: what is subtracted from nothing must not count.
         near = (offset[:, :, None] + x).half()
         check(near, dtype, group=(64, 0, 16)[number], offset=offset)

@@ -55,6 +55,21 @@ def test_rope_offset_and_sign_come_before_the_rotation(batch, width):
             assert not torch.equal(values, rotate_quantize(x, dtype=torch.int8, **front | {name: None})[0])
 
 
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_what_bf16_rounds_disappears_behind_8_bits(has_offset):
+    x, offset = random(2, 4, 90, 128, dtype=torch.bfloat16), random(4, 128, seed=5) if has_offset else None
+    rope = rope_of(1, 90, 64, torch.bfloat16)
+    wide_rope = {name: angle.float() for name, angle in rope.items()}
+    exact = exact_rotation(x.float(), True, offset, **wide_rope)
+    errors = []
+    for values, scale in (
+        rotate_quantize(x, offset=offset, **rope),
+        rotate_quantize(x.float(), offset=offset, **wide_rope),
+    ):
+        errors.append(float((values.double() * scale[..., None] - exact).norm() / exact.norm()))
+    assert errors[1] < errors[0] < 1.02 * errors[1], errors
+
+
 def test_rotations_cancel_in_products():
     """q k^T of the rotated is that of the originals, and outliers of k cost less than without rotation."""
     q, k = random(1, 2, 50, 128), random(1, 2, 60, 128, seed=1)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton.language as tl
 from offline import compile_for, resources
 
 from hf_hadacore.kernels import rotate_quantize_triton
@@ -44,8 +43,7 @@ def compile_kernel(
     has_offset: bool = False,
     has_sign: bool = False,
 ) -> dict[str, Any]:
-    is_wide = dtype == torch.float32 or bool(rope) or has_offset
-    schedule = rotate_quantize_triton.choose(d, dtype, bool(rope))
+    schedule = rotate_quantize_triton.choose(d, dtype, bool(rope), rotate)
     has_pdl = capability >= 90
     arguments = dict(
         p_x=dtype,
@@ -53,32 +51,32 @@ def compile_kernel(
         p_sin=dtype if rope else None,
         p_offset=torch.float32 if has_offset else None,
         p_sign="*i8:16" if has_sign else None,
-        p_matrix="*i8:16" if rotate and d & (d - 1) else None,
+        p_matrix=(torch.bfloat16 if dtype == torch.float32 else dtype) if rotate else None,
         p_maximum=torch.int32 if group == 0 else None,
         p_position=None,
         p_values=values,
         p_scale=torch.float32,
         **dict.fromkeys(("tiles", "tiles_of_program", "tokens", "heads", "token_tiles"), "i32"),
-        **dict.fromkeys(("capacity", "scales", "s_xb", "s_xh", "s_xt", "s_cb", "s_ct", "s_ob"), "i32:16"),
+        capacity="i32:16",
+        scales="i32",
+        **dict.fromkeys(("s_xb", "s_xh", "s_xt", "s_cb", "s_ct", "s_ob"), "i32:16"),
         D=d,
         PADDED=1 << (d // 2 - 1).bit_length(),
         TILE=max(schedule.tile, group),
+        HEADS=schedule.heads if rope and not has_offset else 1,
         GROUP=group,
         LARGEST=127.0,
         SMALLEST=1,
         ROTATE=rotate,
         TRANSPOSE=transpose,
         ONE_HALF=rope == "half",
-        TERM=tl.float16 if dtype == torch.float16 and not is_wide else tl.bfloat16,
-        SPLIT=is_wide,
+        SPLIT=dtype == torch.float32,
         STAGES=schedule.stages,
         PDL=has_pdl,
     )
-    options = {"launch_pdl": True} if has_pdl else {}
     kernel = rotate_quantize_triton._rotate_quantize_kernel
-    return compile_for(
-        capability, kernel, arguments, num_warps=schedule.num_warps, enable_fp_fusion=False, **options
-    )
+    options = rotate_quantize_triton._OPTIONS[has_pdl]
+    return compile_for(capability, kernel, arguments, num_warps=schedule.num_warps, **options)
 
 
 HOPPER = [
@@ -104,8 +102,7 @@ HOPPER = [
 def test_on_hopper(tmp_path, variant):
     asm = compile_kernel(90, **variant)
     ptx = asm["ptx"]
-    if "rope" not in variant:
-        assert resources(asm["cubin"], tmp_path).stack == 0, "registers are spilled"
+    assert resources(asm["cubin"], tmp_path).stack == 0, "registers are spilled"
     # 16 bytes a thread from memory and, but for short rows, to it.
     assert "cp.async.cg.shared.global" in ptx or re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
     if variant["values"] is not None:
@@ -114,10 +111,11 @@ def test_on_hopper(tmp_path, variant):
         assert "wgmma.mma_async" in ptx
     if variant["values"] in (E4M3, E5M2):
         assert "cvt.rn.satfinite.e" in ptx
-    # The matrix is made while the kernel before still runs; what that one writes is read afterwards.
-    if variant.get("d") not in (96, 192) and not variant.get("has_sign"):
-        accesses = [ptx.find(name) for name in ("ld.global", "st.global", "cp.async.c", "atom.global")]
-        assert all(position == -1 or ptx.index("griddepcontrol.wait") < position for position in accesses)
+    # bf16 RoPE takes two elements an instruction.
+    assert ("fma.rn.bf16x2" in ptx) == ("rope" in variant)
+    # What the kernel before writes is read when it has ended.
+    accesses = [ptx.find(name) for name in ("ld.global", "st.global", "cp.async.c", "atom.global")]
+    assert all(position == -1 or ptx.index("griddepcontrol.wait") < position for position in accesses)
 
 
 @pytest.mark.parametrize("capability, values", [(89, E4M3), (89, INT8), (80, INT8), (100, E4M3)])

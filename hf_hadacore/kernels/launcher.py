@@ -6,6 +6,7 @@ Python op take tens of them each, which is what eager decoding would then be bou
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,6 +84,20 @@ def run(
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one; nothing where it is already, which is cheaper."""
     return nullcontext() if device.index in (None, torch.cuda.current_device()) else torch.cuda.device(device)
+
+
+@cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended: programmatic dependent launch.
+
+    Args:
+        device: where it runs.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def goes_straight(x: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Hadamard rotation and 8-bit quantization as one op: what 8-bit attention reads, and 8-bit activations.
 
-`rotate_quantize_reference` says what is computed. On CUDA the fp32 sums of the rotation have another order,
-and what RoPE, an offset or an fp32 x put into it keeps 16 significant bits (two bf16 terms, so that numbers
-above 3.39e38 count as infinite): a value can land on the other side of a tie.
+`rotate_quantize_reference` says what is computed. On CUDA the fp32 sums of the rotation have another order, a
+product and the sum it goes into may be rounded once, and what an fp32 x, or RoPE or an offset of an fp16 x,
+put into the rotation keeps 16 significant bits (two bf16 terms): a value can land on the other side of a tie.
 """
 
 import torch
@@ -51,7 +51,9 @@ def rotate_quantize(
     """RoPE, then x - offset, then the Hadamard transform of the last dimension, then 8-bit quantization.
 
     With a scale per token the rotated x is ``values.float() * scale[..., None]``. Everything before the 8-bit
-    rounding is computed in fp32 from x as it is given; nothing, RoPE neither, is rounded to 16 bits before.
+    rounding is computed in fp32, but for bf16 x: as in eager models RoPE with bf16 cos and sin is bf16 (x *
+    cos is rounded, then the sum; eager models round rotate_half(x) * sin, too), and so is what enters the
+    rotation after RoPE or an offset.
     A scale is the largest magnitude of its tokens, or 2^-100 / sqrt(D) if that is more, divided by the
     largest number of the dtype: zeros have a scale. NaN or infinity in x makes it NaN or infinite, so that
     every dequantized value that shares it is NaN or infinite too, from int8 as well.
@@ -168,13 +170,19 @@ def _rotated(x, rotate, offset, cos, sin, sign) -> torch.Tensor:
     """fp32, before normalization."""
     y = x.float()
     if cos is not None:
+        rounded = torch.bfloat16 if x.dtype == cos.dtype == torch.bfloat16 else torch.float32
         first, second = y.chunk(2, dim=-1)
         repeats = (1, 1, 1, x.shape[-1] // cos.shape[-1])
         cos, sin = (angle.float().unsqueeze(1).repeat(repeats) for angle in (cos, sin))
-        y = y * cos + torch.cat((-second, first), dim=-1) * sin
+        y = (y * cos).to(rounded).float() + torch.cat((-second, first), dim=-1) * sin
+        y = y.to(rounded).float()
     if offset is not None:
         y = y - offset.unsqueeze(-2)
-    return hadamard_transform(y, 1.0, sign=sign) if rotate else y
+    if not rotate:
+        return y
+    if x.dtype == torch.bfloat16:
+        y = y.bfloat16().float()
+    return hadamard_transform(y, 1.0, sign=sign)
 
 
 def _empty(x, dtype, scale, block_size, transpose) -> tuple[torch.Tensor, torch.Tensor]:
