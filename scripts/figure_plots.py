@@ -1,0 +1,79 @@
+"""The plots of README and docs, `docs/NAME.svg`. Each carries a hash of the results that it was made from."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import figures
+
+FOLDER = Path(__file__).parents[1] / "docs"
+
+# By name: the results that a plot shows, and what draws them on axes.
+PLOTS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], None]]] = {}
+
+
+def plot(
+    results: str,
+) -> Callable[[Callable[[Any, dict[str, Any]], None]], Callable[[Any, dict[str, Any]], None]]:
+    """Make a function that draws results on axes the source of the plot of the function's name."""
+
+    def register(function: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+        PLOTS[function.__name__] = (results, function)
+        return function
+
+    return register
+
+
+def _hash(name: str) -> str:
+    figures.read_results(PLOTS[name][0])
+    return hashlib.sha256((figures.RESULTS / f"{PLOTS[name][0]}.json").read_bytes()).hexdigest()
+
+
+def is_current(name: str) -> bool:
+    """Whether a plot was made from the results as they are."""
+    file = FOLDER / f"{name}.svg"
+    return file.is_file() and _hash(name) in file.read_text("utf-8")
+
+
+def write_plot(name: str) -> None:
+    """Draw a plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results, draw = PLOTS[name]
+    matplotlib.rcParams["svg.hashsalt"] = name
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    draw(axes, figures.read_results(results))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Description": _hash(name)})
+    plt.close(figure)
+
+
+@plot("w4a16")
+def w4a16(axes: Any, result: dict[str, Any]) -> None:
+    """The share of the memory floor at few tokens, ours and every peer's, over the matrices."""
+    tokens = (1, 16)
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in result["rows"]))
+    cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}
+    kernels = {
+        "ours_bf16": ("hf_hadacore", "C3"),
+        "humming_fp16": ("Humming", "C0"),
+        "tinygemm_bf16": ("tinygemm", "C2"),
+        "cublas_bf16": ("cuBLAS, bf16 weights", "0.6"),
+    }
+    width = 0.8 / (len(kernels) * len(tokens))
+    for i, (kernel, (label, color)) in enumerate(kernels.items()):
+        for j, m in enumerate(tokens):
+            shares = [
+                cells[n, k, m]["floor_us"] / cells[n, k, m]["us"].get(kernel, float("inf")) for n, k in shapes
+            ]
+            places = [x + (i * len(tokens) + j) * width for x in range(len(shapes))]
+            axes.bar(
+                places, shares, width, color=color, alpha=1 if j == 0 else 0.5, label=f"{label}, M = {m}"
+            )
+    axes.set_xticks([x + 0.4 for x in range(len(shapes))], [f"{n}\nx{k}" for n, k in shapes], fontsize=8)
+    axes.set_ylabel("share of the time that a copy\nof as many bytes takes")
+    axes.legend(fontsize=7, ncols=2, frameon=False)

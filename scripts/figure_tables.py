@@ -1,0 +1,230 @@
+"""The tables of README and docs, each a block of the function's name."""
+
+from typing import Any
+
+from figures import block, read_results, source, table
+
+
+def _with_error(difference: dict[str, float]) -> str:
+    return f"{difference['nll']:+.3f} ± {difference['standard_error']:.3f}"
+
+
+@block
+def quality() -> str:
+    result = read_results("quality")
+    parts = []
+    for model in result["models"].values():
+        rows: list[list[object]] = [["bf16", 16, f"{model['baseline_perplexity']:.2f}", "", ""]]
+        for recipe in model["recipes"]:
+            gain = recipe.get("gain_over_minmax")
+            rows.append(
+                [
+                    recipe["recipe"],
+                    f"{recipe['bits_per_weight']:.2f}",
+                    f"{recipe['perplexity']:.2f}",
+                    _with_error(recipe["over_baseline"]),
+                    _with_error(gain) if gain else "",
+                ]
+            )
+        title = f"{model['title']} ({model['origin']}; {model['tokens']:,} tokens)"
+        header = [title, "bits per weight", "perplexity", "nats per token over bf16", "gain over min-max"]
+        parts.append(table(header, rows))
+        parts += [
+            f"An int4 output head costs {_with_error(recipe['cost_of_int4_head'])} nats per token."
+            for recipe in model["recipes"]
+            if "cost_of_int4_head" in recipe
+        ]
+    return "\n\n".join([*parts, f"Mean ± standard error of paired windows. {source(result)}"])
+
+
+@block
+def cpu_speed() -> str:
+    result = read_results("cpu_speed")
+    names = {"decode": "decode, batch 1", "prefill": "prefill of"}
+    rows = [
+        [
+            f"{model['model']}, {' '.join(names.get(part, part) for part in task.split('_'))}",
+            *(f"{model['tokens_per_second'][kind][task]:.1f}" for kind in ("bf16", "int4")),
+            f"{ratio:.2f}x",
+        ]
+        for model in result["models"]
+        for task, ratio in model["int4_over_bf16"].items()
+    ]
+    header = [f"tokens per second, group {result['group_size']}", "bf16", "int4", "int4 / bf16"]
+    return f"{table(header, rows)}\n\n{result['isa']}; {source(result)}"
+
+
+@block
+def gpu() -> str:
+    portable, hopper = read_results("check_w4a16"), read_results("check_w4a16_tiled")
+    rows = []
+    for name, result in (("portable Triton kernel", portable), ("Hopper kernels", hopper)):
+        random, repeats = result["random_shapes"], result["repeats"]
+        worst = max(random["worst_error_in_floors"], *result["beyond_2_31_elements"].values())
+        same = f"{repeats['repeats']}, {'the same bits' if repeats['bit_identical'] else 'DIFFERENT bits'}"
+        rows.append([name, random["cases"], f"{worst:.2f} floors", same])
+    model = read_results("check_model_gpu")
+    memory = [f"{model['results'][kind]['memory_gib']} GiB in {kind}" for kind in ("bf16", "int4")]
+    header = ["against float64", "random problems", "largest error", "repeats"]
+    sources = "\n\n".join(source(result) for result in (portable, hopper))
+    return f"{table(header, rows)}\n\n{sources}\n\n{model['model']}: {', '.join(memory)}. {source(model)}"
+
+
+@block
+def w4a16_speed() -> str:
+    result = read_results("w4a16")
+    cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in result["rows"]))
+    tokens = sorted({row["m"] for row in result["rows"]})
+    few, many = [m for m in tokens if m <= 64], [m for m in tokens if m > 64]
+    skinny = table(
+        ["few tokens: µs, share of the floor, times as fast as the best peer", *(f"M = {m}" for m in few)],
+        [[f"{n}x{k}", *(_beside_peers(cells[n, k, m]) for m in few)] for n, k in shapes],
+    )
+    wide = table(
+        ["many tokens: µs, times as fast as cuBLAS on bf16 weights", *(f"M = {m}" for m in many)],
+        [[f"{n}x{k}", *(_beside_cublas(cells[n, k, m]) for m in many)] for n, k in shapes],
+    )
+    worst = max(
+        error for row in result["rows"] for name, error in row["error_in_floors"].items() if _is_ours(name)
+    )
+    peers = sorted({name for row in result["rows"] for name in row["us"] if not _is_ours(name)})
+    notes = (
+        f"bf16. Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s. Peers: {', '.join(peers)}. "
+        f"Our largest error: {worst:.2f} floors. {source(result)}"
+    )
+    return f"{skinny}\n\n{wide}\n\n{notes}"
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("ours")
+
+
+def _beside_peers(row: dict[str, Any]) -> str:
+    ours = row["us"]["ours_bf16"]
+    best = min(us for name, us in row["us"].items() if not _is_ours(name))
+    return f"{ours:.1f}, {row['floor_us'] / ours:.0%}, {best / ours:.2f}x"
+
+
+def _beside_cublas(row: dict[str, Any]) -> str:
+    ours = row["us"]["ours_bf16"]
+    return f"{ours:.0f}, {row['us']['cublas_bf16'] / ours:.2f}x"
+
+
+@block
+def split_k() -> str:
+    result = read_results("w4a16")
+    gains = result["split_k_gain"]
+    sizes = sorted({row["size"] for row in result["split_k"]})
+    best = {
+        size: [
+            row["us_by_split_k"]["1"] / min(row["us_by_split_k"].values())
+            for row in result["split_k"]
+            if row["size"] == size
+        ]
+        for size in sizes
+    }
+    header = ["N = K", *map(str, sizes)]
+    means = ["best split over none, mean of M = 1...16", *(f"{sum(r) / len(r):.2f}x" for r in best.values())]
+    fixed = ", ".join(f"{k} programs {gain:+.0%}" for k, gain in gains.items() if k != "best")
+    mean = f"Mean over all: best split {gains['best']:+.0%}; {fixed}."
+    return f"{table(header, [means])}\n\n{mean} {source(result)}"
+
+
+@block
+def offline_memory() -> str:
+    result = read_results("offline_memory")
+    header = [result["shapes"], "checkpoint", "largest layer", "peak memory", "in largest layers", "time"]
+    rows = [
+        [
+            f"{run['layers']} layers" + (", int4 head" if run["quantize_lm_head"] else ""),
+            f"{run['source_bytes'] / 1e9:.2f} GB",
+            f"{run['largest_layer']['bytes'] / 1e9:.2f} GB",
+            f"{run['peak_bytes'] / 1e9:.2f} GB",
+            f"{run['peak_in_largest_layers']:.2f}",
+            f"{run['seconds']:.0f} s",
+        ]
+        for run in result["runs"]
+    ]
+    baseline = f"{result['baseline_peak_bytes'] / 1e9:.2f} GB"
+    start = f"{baseline} of the peak are Python and torch; the multiple counts the rest."
+    return f"{table(header, rows)}\n\n{start} {source(result)}"
+
+
+@block
+def generate_speed() -> str:
+    result = read_results("generate")
+    names = {
+        "bf16-eager": "bf16, as transformers runs it",
+        "bf16-graphs": "bf16, CUDA graphs of this package",
+    }
+    names |= {"int4-eager": "int4, without graphs", "int4-graphs": "int4"}
+    rows = []
+    for part, name in names.items():
+        measured = result["results"][part]
+        batches = [value for key, value in measured.items() if key.startswith("batch_")]
+        rows.append(
+            [
+                name,
+                f"{measured['memory_gib']:.1f} GiB",
+                *(f"{one['tokens_per_second']:.0f} tok/s, {one['ms_per_step']:.2f} ms" for one in batches),
+                *(f"{one['time_to_first_token_ms']:.0f} ms" for one in batches),
+            ]
+        )
+    sizes = [
+        key.removeprefix("batch_") for key in result["results"]["int4-graphs"] if key.startswith("batch_")
+    ]
+    header = [result["model"], "weights", *(f"decode, batch {size}" for size in sizes)]
+    header += [f"first token, batch {size}" for size in sizes]
+    first = result["results"]["int4-graphs"][f"batch_{sizes[0]}"]["first_call_seconds"]
+    note = (
+        f"Prompt of {result['prompt_tokens']} tokens, greedy. The first call after loading took "
+        f"{first:.1f} s, compilation included."
+    )
+    return f"{table(header, rows)}\n\n{note} {source(result)}"
+
+
+@block
+def experts_speed() -> str:
+    result = read_results("experts")
+    rows = [
+        [
+            row["tokens"],
+            row["distinct_experts"],
+            f"{row['us']['int4']:.1f} µs",
+            f"{row['share_of_floor']:.0%}",
+            f"{row['products_share_of_floor']:.0%}",
+            f"{row['us']['bf16 grouped_mm']:.1f} µs",
+            f"{row['us']['bf16 batched_mm']:.1f} µs",
+        ]
+        for row in result["decoding"]
+    ]
+    header = ["tokens", "experts read", "int4", "share of the floor", "its products alone"]
+    header += ["bf16 grouped_mm", "bf16 batched_mm"]
+    products = result["products"]
+    worst = max(products["worst_error_in_floors"], *products["models_error_in_floors"].values())
+    note = f"{products['cases']} random problems, largest error {worst:.2f} floors."
+    return f"{table(header, rows)}\n\n{note} {source(result)}"
+
+
+@block
+def decode_attention() -> str:
+    result = read_results("decode_attention")
+    rows = [
+        [
+            f"batch {row['batch']}, {row['filled']} of {row['length']} keys",
+            *(f"{row[f'rope+{name}'] - row['rope']:.1f} µs" for name in ("ours", "sdpa")),
+            f"{row['memory']:.1f} µs",
+        ]
+        for row in result["times_us"]
+    ]
+    cases = result["random_cases"]
+    errors = ", ".join(
+        f"{name.removeprefix('torch.')} {value['worst_floors']:.2f} floors (SDPA "
+        f"{value['worst_floors_of_sdpa']:.2f})"
+        for name, value in cases.items()
+        if isinstance(value, dict)
+    )
+    header = ["one token, 32 query and 8 KV heads of 128", "ours", "PyTorch's SDPA", "memory alone"]
+    note = f"{cases['cases']} random problems, largest error: {errors}."
+    return f"{table(header, rows)}\n\n{note} {source(result)}"

@@ -1,0 +1,136 @@
+"""compute-sanitizer over every kernel of the package: memcheck and racecheck, on small problems.
+
+    python scripts/sanitize_gpu.py --json scripts/results/sanitize.json
+
+Each check script has a `--sanitize` mode that launches the variants of its kernels once. They are compiled
+first, side by side, because compiling under compute-sanitizer takes many times as long.
+
+racecheck does not follow how Triton hands work to the partitions of a warp-specialized kernel (a number in
+shared memory, between barriers) and reports it as a race. The control is a kernel with two partitions that
+share nothing: what is reported for it too, is Triton's.
+"""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+
+import hf_hadacore
+
+SCRIPTS = (
+    "check_w4a16.py",
+    "check_w4a16_tiled.py",
+    "check_experts_gpu.py",
+    "check_fusion_gpu.py",
+    "check_decode_attention_gpu.py",
+    "check_hadamard_gpu.py",
+    "check_rotate_quantize_gpu.py",
+)
+TOOLS = ("memcheck", "racecheck")
+CONTROL = """
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+@gluon.jit
+def store(p_out, value):
+    o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(p_out + value * 128 + o, o)
+
+@gluon.jit
+def control_kernel(p_out):
+    gl.warp_specialize([(store, (p_out, 0)), (store, (p_out, 1))], [4], [64])
+
+out = torch.zeros(256, dtype=torch.int32, device="cuda")
+control_kernel[(1,)](out, num_warps=4)
+torch.cuda.synchronize()
+print("sanitize: control ran")
+"""
+
+
+def run(command: list[str], seconds: int) -> tuple[str, float]:
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        output = done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        output = ""
+    return output, round(time.perf_counter() - start, 1)
+
+
+def check(script: Path, options: list[str], tool: str, seconds: int) -> dict[str, Any]:
+    """What a tool says: its number of errors or hazards, and between which lines of which kernels."""
+    output, spent = run(
+        [str(shutil.which("compute-sanitizer")), "--tool", tool, sys.executable, str(script), *options],
+        seconds,
+    )
+    summary = re.search(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", output)
+    accesses = re.findall(r"access at (\w+?)\+0x\w+ in (\w+\.py):(\d+)", output)
+    return {
+        "completed": "sanitize:" in output and summary is not None,
+        "reported": None if summary is None else int(summary[1]),
+        "places": sorted({f"{kernel} {file}:{line}" for kernel, file, line in accesses}),
+        "seconds": spent,
+    }
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Scripts; default all.")] = None,
+    tool: Annotated[list[str] | None, typer.Option(help="memcheck, racecheck; default both.")] = None,
+    seconds: Annotated[int, typer.Option(help="Limit for one run.")] = 240,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+) -> None:
+    if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
+        raise SystemExit("this check needs a CUDA device and compute-sanitizer")
+    folder = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
+        control = Path(scratch) / "control.py"
+        control.write_text(CONTROL)
+        jobs: dict[str, tuple[Path, list[str]]] = {
+            name: (folder / name, ["--sanitize"]) for name in only or SCRIPTS
+        }
+        jobs["control"] = (control, [])
+        commands = [[sys.executable, str(script), *options] for script, options in jobs.values()]
+        warm = dict(zip(jobs, pool.map(lambda command: run(command, seconds)[0], commands), strict=True))
+        for name, output in warm.items():
+            if "sanitize:" not in output:
+                print(f"{name} fails without compute-sanitizer:\n{output[-2000:]}")
+        running = {
+            (name, one): pool.submit(check, script, options, one, seconds)
+            for one in tool or TOOLS
+            for name, (script, options) in jobs.items()
+        }
+        results = {f"{name} {one}": future.result() for (name, one), future in running.items()}
+    report = {
+        "command": "python scripts/sanitize_gpu.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "hf_hadacore": hf_hadacore.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+        },
+        "results": results,
+    }
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    for name, result in results.items():
+        print(name, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)
