@@ -156,7 +156,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether nothing but the module's class decides what a call does: no hooks, accelerate's included."""
-    return not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    return not (module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
 
 
 def _has_int4(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -7,7 +7,6 @@ processing, sampling, stopping and streaming stay transformers' own, and what ca
 ordinary path.
 """
 
-import itertools
 import sys
 import threading
 import weakref
@@ -317,14 +316,21 @@ def model_obstacle(model: Any) -> str | None:
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "tensor parallelism is not supported"
     peft = sys.modules.get("peft.tuners.tuners_utils")
-    for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} is offloaded"
+    # Of hundreds of modules, at every call of `generate`.
+    for module in model.modules():
+        state = module.__dict__
+        if "_hf_hook" in state:
+            return f"{_name_of(module, model)} is offloaded"
         if peft is not None and isinstance(module, peft.BaseTunerLayer):
             return "adapters are not supported; merge them first"
-        if any(map(_is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
-            return f"{name or 'the model'} has a forward hook, which a graph would not run"
+        hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+        if hooks and any(map(_is_foreign, hooks)):
+            return f"{_name_of(module, model)} has a forward hook, which a graph would not run"
     return None
+
+
+def _name_of(module: Any, model: Any) -> str:
+    return next(name for name, other in model.named_modules() if other is module) or "the model"
 
 
 def _is_foreign(hook: Callable[..., Any]) -> bool:
@@ -334,7 +340,12 @@ def _is_foreign(hook: Callable[..., Any]) -> bool:
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
     """What a graph depends on besides its inputs: a change of it makes captured graphs void."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    tensors = [
+        tensor
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
     return (
         model.config._attn_implementation,
         # Tensors made in inference mode cannot be written outside of it.

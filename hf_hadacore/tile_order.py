@@ -65,7 +65,7 @@ class TileOrdered(nn.Module):
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate brings the weights in for each call."""
-        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+        return bool(getattr(self.__dict__.get("_hf_hook"), "offload", False))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.removesuffix("_scale").removesuffix("_zero") in self._weight_names():
