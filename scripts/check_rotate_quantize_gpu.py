@@ -393,7 +393,7 @@ def run_work(inputs: list[torch.Tensor], options: dict[str, Any], schedule: Sche
     if schedule is None:
         return [rotate_quantize(x, **options) for x in inputs]
     choose = rotate_quantize_triton.choose
-    rotate_quantize_triton.choose = lambda *_: schedule
+    rotate_quantize_triton.choose = lambda *_, **__: schedule
     try:
         return [rotate_quantize(x, **options) for x in inputs]
     finally:
@@ -428,7 +428,9 @@ def candidates() -> list[tuple[int, Schedule]]:
     ]
     rope = [
         *(Schedule(tile, 4, heads=heads) for tile in (64, 128) for heads in (2, 4, 8)),
-        *(Schedule(tile, 8, heads=4) for tile in (64, 128)),
+        *(Schedule(64, 4, heads=heads, registers=128) for heads in (1, 2, 4, 8)),
+        *(Schedule(64, 4, stages, 4, 4, 128) for stages in (2, 3)),
+        *(Schedule(tile, 8) for tile in (64, 128)),
         *(
             Schedule(64, 4, stages, programs, heads)
             for stages, programs in ((2, 3), (3, 3))

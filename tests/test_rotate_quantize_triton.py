@@ -43,7 +43,7 @@ def compile_kernel(
     has_offset: bool = False,
     has_sign: bool = False,
 ) -> dict[str, Any]:
-    schedule = rotate_quantize_triton.choose(d, dtype, bool(rope), rotate)
+    schedule = rotate_quantize_triton.choose(d, dtype, rotate=rotate, has_rope=bool(rope))
     has_pdl = capability >= 90
     arguments = dict(
         p_x=dtype,
@@ -75,7 +75,7 @@ def compile_kernel(
         PDL=has_pdl,
     )
     kernel = rotate_quantize_triton._rotate_quantize_kernel
-    options = rotate_quantize_triton._OPTIONS[has_pdl]
+    options = rotate_quantize_triton._OPTIONS[has_pdl] | {"maxnreg": schedule.registers}
     return compile_for(capability, kernel, arguments, num_warps=schedule.num_warps, **options)
 
 
@@ -92,6 +92,7 @@ HOPPER = [
     dict(values=E4M3, d=192),
     dict(values=E4M3, has_offset=True),
     dict(values=E4M3, rope="whole"),
+    dict(values=E4M3, rope="half"),
     dict(values=INT8, rope="half", has_offset=True, has_sign=True),
     dict(values=E4M3, rotate=False, transpose=True),
     dict(values=E4M3, dtype=torch.float32),

@@ -37,7 +37,7 @@ def run(
         grid: numbers of programs.
         num_warps: of a program.
         descriptors: TMA descriptors, which depend on nothing but the constants and the first tensor's dtype.
-        options: Triton's compilation options; always the same for a kernel on a device.
+        options: Triton's compilation options; for a kernel always the same ones in the same order.
     """
     kinds: list[torch.dtype | None] = []
     addresses, device = 0, -1
@@ -55,7 +55,7 @@ def run(
     compiled = key = None
     # Triton compiles for what it finds: multiples of 16, absent tensors. Unaligned tensors are left to it.
     if addresses % 16 == 0:
-        key = (id(kernel), sizes, constants, num_warps, device, *kinds)
+        key = (id(kernel), sizes, constants, num_warps, device, *options.values(), *kinds)
         compiled = _compiled.get(key)
     if compiled is None:
         arguments = (*descriptors, *tensors, *sizes, *constants)

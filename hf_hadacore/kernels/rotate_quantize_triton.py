@@ -288,6 +288,7 @@ class Schedule(NamedTuple):
             many are on their way from memory or worked on.
         programs: of a processor, if stages is more than 1.
         heads: of a tile at most, where they share cos and sin.
+        registers: of a thread at most, if that lets one more program into a processor.
     """
 
     tile: int
@@ -295,22 +296,24 @@ class Schedule(NamedTuple):
     stages: int = 1
     programs: int = 0
     heads: int = 4
+    registers: int | None = None
 
 
-def choose(d: int, dtype: torch.dtype, has_rope: bool, rotate: bool = True) -> Schedule:
+def choose(d: int, dtype: torch.dtype, *, rotate: bool, has_rope: bool) -> Schedule:
     """The schedule for heads of d elements.
 
     Args:
         d: at most `MAX_HEAD_SIZE`.
         dtype: of x.
-        has_rope: whether cos and sin are read too.
         rotate: whether there are products.
+        has_rope: whether cos and sin are read too.
     """
     if not rotate:
         return Schedule(64, 8)
+    is_large = dtype == torch.float32 or has_rope
     if d > 128:
-        return Schedule(64, 8, 2, 1 if dtype == torch.float32 or has_rope else 2)
-    return Schedule(64 if dtype == torch.float32 or has_rope else 128, 4)
+        return Schedule(64, 8, 2, 1 if is_large else 2)
+    return Schedule(64 if is_large else 128, 4)
 
 
 def launch(
@@ -355,7 +358,7 @@ def launch(
     if x.stride(3) != 1:
         x = x.contiguous()
     if schedule is None:
-        schedule = choose(d, x.dtype, cos is not None, rotate)
+        schedule = choose(d, x.dtype, rotate=rotate, has_rope=cos is not None)
     tile = max(schedule.tile, group)
     heads_of_tile = 1
     if cos is not None and group and not transpose and offset is None:
@@ -405,6 +408,7 @@ def launch(
             ),
             (-(-tiles // tiles_of_program), 1, 1),
             num_warps=schedule.num_warps,
+            maxnreg=schedule.registers,
             **_OPTIONS[pdl],
         )
 
