@@ -35,9 +35,9 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
     2^k is its own only factor, (2^k,). Otherwise n = s * 2^k with s odd, and s = s1 * s2 * ... is split so
     that each si * 2^j, with the smallest j that gives one, is the order of a Paley or Williamson matrix. Of
     the splits for which 2^k suffices the one is taken that has, in this order: no factor above 256; fewest
-    elements once each factor is padded to a power of two; smallest largest factor (Sylvester's left out);
-    fewest factors. Factors go from large to small. What is left of 2^k comes last, and if it is below 16 it
-    joins the factor before: 44, 28, 12 and 2 become (44, 28, 24).
+    elements once each factor is padded to a power of two; one factor beside 2^k; smallest largest factor
+    (Sylvester's left out); fewest factors. Factors go from large to small. What is left of 2^k comes last,
+    and if it is below 16 it joins the factor before: 44, 28, 12 and 2 become (44, 28, 24).
 
     Args:
         n: the size, at least 1.
@@ -99,7 +99,8 @@ def _merged(cores: list[int], left: int) -> tuple[int, ...]:
 def _preference(factors: tuple[int, ...]) -> tuple:
     padded = [_next_power_of_two(factor) for factor in factors]
     largest = max(size for size, factor in zip(padded, factors, strict=True) if _odd_part(factor) > 1)
-    return largest > _MAX_FACTOR, prod(padded), largest, len(factors), factors
+    is_pair = len(factors) == 2 and _odd_part(factors[1]) == 1
+    return largest > _MAX_FACTOR, prod(padded), not is_pair, largest, len(factors), factors
 
 
 def _core_splits(odd: int, largest: int) -> Iterator[list[int]]:

@@ -4,13 +4,16 @@
     python scripts/benchmark_hadamard.py --tune --json hadamard_tune.json
 
 Times are microseconds of a call, medians of CUDA-graph replays. Cold calls rotate through enough inputs to
-leave the L2 cache behind; their share is that of the copy bandwidth, which is measured outside of graphs. Hot
-calls transform the same small input again and again; their ratio is to a copy of it in such a graph. Errors
-are relative L2 against float64, in multiples of the error of rounding the exact result once.
+leave the L2 cache behind, hot calls transform the same small input again and again. Beside both stands
+`copy_` of the same tensors in the same order: the faster of a graph, where the driver's copies can be slower,
+and a queue of calls outside of graphs. A share is the copy's time divided by ours; the share of bandwidth
+is that of what a copy of 2 GiB reaches. Errors are relative L2 against float64, in multiples of the error of
+rounding the exact result once.
 
 `--tune` times every schedule worth trying, one by one, once all are compiled and checked side by side.
 """
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels import hadamard_schedules as schedules
 from hf_hadacore.kernels.hadamard_triton import launch
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
+from hf_hadacore.kernels.w4a16_launch import processors_of
 
 POWERS = tuple(1 << k for k in range(7, 16))
 # Sizes of models' matrices and heads.
@@ -47,18 +51,25 @@ OTHERS = (
     28672,
     29568,
 )
+# Sizes that show what other dtypes cost.
+BRIEF = (128, 1024, 4096, 8192, 32768, 14336)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HOT_ELEMENTS = 1 << 20
 COLD_ELEMENTS = 1 << 25
-COUNTS = tuple(1 << k for k in range(20, 28))
+COUNTS = (HOT_ELEMENTS, COLD_ELEMENTS, 1 << 27)
 # Larger matrices make no sense dense.
 MAX_DENSE = 1024
 _HOT_CALLS = 20
+_REPEATS = 15
+_HOPPER_CANDIDATES = 5
+# Longer than queueing a few hundred calls takes.
+_SLEEP_CYCLES = 4_000_000
 
+Schedule = schedules.Schedule | schedules.HopperSchedule
 Transform = Callable[[torch.Tensor, torch.Tensor], object]
 
 
-def ours(n: int, schedule: schedules.Schedule | None = None) -> Transform:
+def ours(n: int, schedule: Schedule | None = None) -> Transform:
     return partial(launch, factors=hadamard_factors(n), scale=n**-0.5, schedule=schedule)
 
 
@@ -89,28 +100,49 @@ def random_rows(n: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(max(1, elements // n), n, device="cuda", dtype=dtype)
 
 
-def cold_time(transform: Transform, x: torch.Tensor) -> float:
-    """Of one call, inputs and outputs coming from memory."""
-    count = copies_to_rotate(2 * x.nbytes)
-    inputs = [x, *(x.clone() for _ in range(count - 1))]
-    calls = [partial(transform, each, torch.empty_like(x)) for each in inputs]
-    return graph_time(calls, repeats=9)
+def cold_calls(transform: Transform, x: torch.Tensor) -> list[Callable[[], object]]:
+    """Inputs and outputs come from memory."""
+    inputs = [x, *(x.clone() for _ in range(copies_to_rotate(2 * x.nbytes) - 1))]
+    return [partial(transform, each, torch.empty_like(x)) for each in inputs]
 
 
-def hot_time(transform: Transform, x: torch.Tensor) -> float:
-    return graph_time([partial(transform, x, torch.empty_like(x))] * _HOT_CALLS, repeats=9)
+def hot_calls(transform: Transform, x: torch.Tensor) -> list[Callable[[], object]]:
+    return [partial(transform, x, torch.empty_like(x))] * _HOT_CALLS
 
 
 def copy(x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(x)
 
 
-def compile_and_check(job: tuple[int, str, schedules.Schedule]) -> float:
+def queue_time(calls: list[Callable[[], object]]) -> float:
+    """Median microseconds of one of some calls that wait, queued, for the GPU."""
+    times = []
+    for _ in range(_REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[3:])
+
+
+def copy_time(calls: list[Callable[[], object]]) -> float:
+    """Of one of some calls of `copy`; the first graph of a run has been wrong by a factor of 3."""
+    return min(*(graph_time(calls, _REPEATS) for _ in range(2)), queue_time(calls))
+
+
+def compile_and_check(job: tuple[int, str, Schedule]) -> float:
     """Compile one schedule's kernel for the disk's cache; its error in floors."""
     n, dtype, schedule = job
+    if isinstance(schedule, schedules.HopperSchedule) and torch.cuda.get_device_capability()[0] != 9:
+        return float("inf")
     torch.manual_seed(n)
-    # An odd number of rows, more than a program's.
-    x = random_rows(n, n * (2 * schedule.rows + 1), DTYPES[dtype])
+    # An odd number of rows, more than a program's, and so many that programs that stay go round their stages.
+    tiles = 5 * processors_of(0) if isinstance(schedule, schedules.HopperSchedule) else 2
+    x = random_rows(n, n * (tiles * schedule.rows + 1), DTYPES[dtype])
     y = torch.full_like(x, float("nan"))
     try:
         ours(n, schedule)(x, y)
@@ -125,28 +157,50 @@ def tune(sizes: list[int], dtype: str, bandwidth: float) -> list[dict[str, Any]]
     jobs = []
     for n in sizes:
         steps = schedules.steps_of(hadamard_factors(n))
-        found = schedules.candidates(steps.heads, steps.column_bits)
-        chosen = schedules.choose(steps.heads, steps.column_bits, dtype == "fp32")
-        jobs += [(n, dtype, each) for each in dict.fromkeys([chosen, *found])]
+        chosen = [
+            schedules.choose(steps.heads, steps.column_bits, dtype == "fp32", is_small)
+            for is_small in (False, True)
+        ]
+        found = [
+            *schedules.hopper_candidates(steps.heads, steps.column_bits)[: _HOPPER_CANDIDATES * (n >= 4096)],
+            *schedules.candidates(steps.heads, steps.column_bits),
+        ]
+        jobs += [(n, dtype, each) for each in dict.fromkeys(chosen + found)]
     errors = list(in_processes(compile_and_check, jobs))
-    copy_hot = {n: hot_time(copy, random_rows(n, HOT_ELEMENTS, DTYPES[dtype])) for n in sizes}
     results = []
+    copies = {n: copy_times(n, dtype) for n in sizes}
     for (n, _, each), error in zip(jobs, errors, strict=True):
         row: dict[str, Any] = {
             "n": n,
             "dtype": dtype,
+            "label": label(each),
             "schedule": tuple(each),
             "error_in_floors": round(error, 4),
         }
         if error <= 4:
-            x = random_rows(n, COLD_ELEMENTS, DTYPES[dtype])
-            row["cold_us"] = round(cold_time(ours(n, each), x), 2)
-            row["share_of_copy"] = round(2 * x.nbytes / bandwidth * 1e6 / row["cold_us"], 3)
-            x = random_rows(n, HOT_ELEMENTS, DTYPES[dtype])
-            row["hot_us"] = round(hot_time(ours(n, each), x), 2)
-            row["times_copy_hot"] = round(row["hot_us"] / copy_hot[n], 2)
+            cold, hot = (random_rows(n, count, DTYPES[dtype]) for count in (COLD_ELEMENTS, HOT_ELEMENTS))
+            copy_cold, copy_hot = copies[n]
+            row["cold_us"] = round(graph_time(cold_calls(ours(n, each), cold), _REPEATS), 2)
+            row["hot_us"] = round(graph_time(hot_calls(ours(n, each), hot), _REPEATS), 2)
+            row["share_of_copy"] = round(copy_cold / row["cold_us"], 3)
+            row["share_of_bandwidth"] = round(2 * cold.nbytes / bandwidth * 1e6 / row["cold_us"], 3)
+            row["times_copy_hot"] = round(row["hot_us"] / copy_hot, 2)
         results.append(row)
     return results
+
+
+def copy_times(n: int, dtype: str) -> tuple[float, float]:
+    """Of the same rows, cold and hot."""
+    cold, hot = (random_rows(n, count, DTYPES[dtype]) for count in (COLD_ELEMENTS, HOT_ELEMENTS))
+    return copy_time(cold_calls(copy, cold)), copy_time(hot_calls(copy, hot))
+
+
+def label(schedule: Schedule) -> str:
+    """m * 2^c, rows, and what else tells a size's candidates apart."""
+    text = f"{schedule.matrix}*2^{schedule.column_bits} r{schedule.rows}"
+    if isinstance(schedule, schedules.HopperSchedule):
+        return f"{text} hopper{schedule.matrix_rows} {schedule.residents}x{schedule.stages}"
+    return f"{text} w{schedule.num_warps}" + (f" streams {schedule.streams}" if schedule.streams else "")
 
 
 def print_best(results: list[dict[str, Any]]) -> None:
@@ -155,11 +209,9 @@ def print_best(results: list[dict[str, Any]]) -> None:
         timed = [row for row in results if row["n"] == n and "cold_us" in row]
         wrong = sum(row["n"] == n and not row["error_in_floors"] <= 1.05 for row in results)
         cells = [
-            f"{row['schedule'][0]}*2^{row['schedule'][1]} r{row['schedule'][2]} w{row['schedule'][3]}"
-            f"{'m' if row['schedule'][4] else ''}{'u' if row['schedule'][5] else ''}s{row['schedule'][6]} "
-            f"{row['share_of_copy']:.3f}/{row['times_copy_hot']:.2f}"
+            f"{row['label']} {row['share_of_copy']:.3f}/{row['times_copy_hot']:.2f}"
             for row in (
-                *sorted(timed, key=lambda row: row["cold_us"])[:3],
+                *sorted(timed, key=lambda row: row["cold_us"])[:4],
                 *sorted(timed, key=lambda row: row["hot_us"])[:2],
             )
         ]
@@ -168,8 +220,9 @@ def print_best(results: list[dict[str, Any]]) -> None:
 
 def compile_ahead(job: tuple[int, str]) -> None:
     n, dtype = job
-    x = random_rows(n, 8 * n, DTYPES[dtype])
-    ours(n)(x, torch.empty_like(x))
+    for elements in (HOT_ELEMENTS, COLD_ELEMENTS):
+        x = random_rows(n, elements, DTYPES[dtype])
+        ours(n)(x, torch.empty_like(x))
     torch.cuda.synchronize()
 
 
@@ -183,13 +236,14 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
         if n & (n - 1) == 0:
             transforms |= peers(n)
     row: dict[str, Any] = {"n": n, "dtype": dtype, "elements": x.numel(), "us": {}, "hot_us": {}}
-    row["floor_us"] = round(2 * x.nbytes / bandwidth * 1e6, 2)
+    row["bandwidth_us"] = round(2 * x.nbytes / bandwidth * 1e6, 2)
+    row["us"]["copy"] = round(copy_time(cold_calls(copy, x)), 2)
     for name, transform in transforms.items():
-        row["us"][name] = round(cold_time(transform, x), 2)
-        if elements == HOT_ELEMENTS:
-            row["hot_us"][name] = round(hot_time(transform, x), 2)
+        row["us"][name] = round(graph_time(cold_calls(transform, x), _REPEATS), 2)
     if elements == HOT_ELEMENTS:
-        row["hot_us"]["copy"] = round(hot_time(copy, x), 2)
+        row["hot_us"]["copy"] = round(copy_time(hot_calls(copy, x)), 2)
+        for name, transform in transforms.items():
+            row["hot_us"][name] = round(graph_time(hot_calls(transform, x), _REPEATS), 2)
         y = torch.full_like(x, float("nan"))
         transforms["ours"](x, y)
         row["error_in_floors"] = round(in_floors(y, exact_transform(x, n) * n**-0.5), 4)
@@ -197,27 +251,26 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """A line for each size and dtype: our share of the copy by count, others', hot ratios."""
+    """A line for each size and dtype: shares of the copy and of bandwidth by count, hot ratios, the error."""
     for n, dtype in dict.fromkeys((row["n"], row["dtype"]) for row in rows):
-        group = [row for row in rows if (row["n"], row["dtype"]) == (n, dtype)]
-        shares = " ".join(f"{row['floor_us'] / row['us']['ours']:.2f}" for row in group)
-        text = f"{n} {dtype}: {shares}"
-        for row in group:
-            others = {name: us for name, us in row["us"].items() if name != "ours"}
+        text = f"{n} {dtype}:"
+        for row in (row for row in rows if (row["n"], row["dtype"]) == (n, dtype)):
+            shares = {name: row["us"]["copy"] / us for name, us in row["us"].items() if name != "copy"}
+            text += f" | 2^{row['elements'].bit_length() - 1} "
+            text += " ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            text += f" ({row['bandwidth_us'] / row['us']['ours']:.3f})"
             if row["hot_us"]:
-                ratios = {
-                    name: us / row["hot_us"]["copy"] for name, us in row["hot_us"].items() if name != "copy"
-                }
-                text += f" | hot/copy {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}"
-                text += f", error {row['error_in_floors']:.3f}"
-            elif others:
-                text += " | " + ", ".join(f"{name} {row['floor_us'] / us:.2f}" for name, us in others.items())
+                hot = {name: us / row["hot_us"]["copy"] for name, us in row["hot_us"].items()}
+                text += " hot " + " ".join(f"{name} {ratio:.2f}" for name, ratio in hot.items())
+                text += f" of {row['hot_us']['copy']}, error {row['error_in_floors']:.3f}"
         print(text)
 
 
 def main(
     sizes: Annotated[str, typer.Option(help="n, separated by commas.")] = ",".join(map(str, POWERS + OTHERS)),
-    dtypes: Annotated[str, typer.Option(help="fp16, bf16, fp32, separated by commas.")] = "bf16,fp16,fp32",
+    dtypes: Annotated[
+        str, typer.Option(help="bf16, fp16, fp32; all but the first briefly.")
+    ] = "bf16,fp16,fp32",
     counts: Annotated[str, typer.Option(help="Numbers of elements.")] = ",".join(map(str, COUNTS)),
     tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules (first dtype).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
@@ -233,13 +286,10 @@ def main(
         report["schedules"] = tune(all_sizes, all_dtypes[0], bandwidth)
         print_best(report["schedules"])
     else:
-        list(in_processes(compile_ahead, [(n, dtype) for n in all_sizes for dtype in all_dtypes]))
-        report["rows"] = [
-            measure(n, dtype, count, bandwidth)
-            for n in all_sizes
-            for dtype in all_dtypes
-            for count in map(int, counts.split(","))
-        ]
+        problems = [(n, all_dtypes[0], count) for n in all_sizes for count in map(int, counts.split(","))]
+        problems += [(n, dtype, COLD_ELEMENTS) for n in BRIEF for dtype in all_dtypes[1:] if n in all_sizes]
+        list(in_processes(compile_ahead, list(dict.fromkeys((n, dtype) for n, dtype, _ in problems))[::-1]))
+        report["rows"] = [measure(*problem, bandwidth) for problem in problems]
         print_rows(report["rows"])
     write_report(report, json_file)
 

@@ -38,7 +38,8 @@ class _Language:
     """What the kernels use of `gluon.language`."""
 
     constexpr = object
-    float32, bfloat16, int64 = torch.float32, torch.bfloat16, torch.int64
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    int16, int32, int64 = torch.int16, torch.int32, torch.int64
     static_range = range
 
     def __init__(self, num_warps: int, programs: int):
@@ -97,6 +98,9 @@ class _Language:
     def SwizzledSharedLayout(self, vec, per_phase, max_phase, order):
         return None
 
+    def NVMMASharedLayout(self, swizzle_byte_width, element_bitwidth, rank):
+        return None
+
     def DotOperandLayout(self, operand_index, parent, k_width):
         return None
 
@@ -104,6 +108,10 @@ class _Language:
 def _mma_v2(a, b, acc):
     assert a.dtype == b.dtype and acc.dtype == torch.float32
     return acc + a.float() @ b.float()
+
+
+def _warpgroup_mma(a, b, acc, is_async):
+    return _mma_v2(a.values, b.values, acc)
 
 
 class _Shared:
@@ -116,10 +124,22 @@ class _Shared:
     def load(self, layout):
         return self.values.clone()
 
+    def store(self, values):
+        assert values.dtype == self.dtype and values.shape == self.values.shape
+        self.values.copy_(values)
 
-def _copy_to_shared(shared, pointer, mask):
+    def index(self, i):
+        """A part that is the same memory."""
+        part = _Shared(self.dtype, (), None)
+        part.values = self.values[i]
+        part.shape = part.values.shape
+        return part
+
+
+def _copy_to_shared(shared, pointer, mask=None):
     assert pointer.offsets.shape == shared.values.shape
-    shared.values[torch.broadcast_to(mask, shared.values.shape)] = pointer.tensor[pointer.places(mask)]
+    mask = torch.broadcast_to(torch.tensor(True) if mask is None else mask, shared.values.shape)
+    shared.values[mask] = pointer.tensor[pointer.places(mask)]
 
 
 def _range(*bounds):
@@ -132,6 +152,10 @@ def _nothing(*_):
 
 _REPLACEMENTS = {
     "mma_v2": _mma_v2,
+    "warpgroup_mma": _warpgroup_mma,
+    "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
+    "fence_async_shared": _nothing,
+    "reinterpret": lambda x, dtype: x.view(dtype),
     "copy_to_shared": _copy_to_shared,
     "async_copy": SimpleNamespace(commit_group=_nothing, wait_group=_nothing),
     "barrier": _nothing,

@@ -13,12 +13,12 @@ MODEL_SIZES = {
     96: (96,),
     112: (112,),
     192: (12, 16),
-    576: (12, 48),
+    576: (36, 16),
     3072: (12, 256),
     4864: (76, 64),
     5120: (20, 256),
     6144: (12, 512),
-    8960: (28, 20, 16),
+    8960: (140, 64),
     10240: (20, 512),
     11008: (172, 64),
     13824: (108, 128),
@@ -104,10 +104,10 @@ def test_sylvester_is_in_natural_order():
 
 
 def test_matrix_is_the_kronecker_product_of_its_factors():
-    a, b, c = (hadamard_matrix(factor) for factor in hadamard_factors(8960))
+    a, b, c = (hadamard_matrix(factor) for factor in hadamard_factors(6336))
     row = 4321
-    i, j, k = row // 320, row // 16 % 20, row % 16
-    assert torch.equal(hadamard_matrix(8960)[row], torch.kron(torch.kron(a[i], b[j]), c[k]))
+    i, j, k = row // 144, row // 12 % 12, row % 12
+    assert torch.equal(hadamard_matrix(6336)[row], torch.kron(torch.kron(a[i], b[j]), c[k]))
 
 
 def test_what_is_cached_does_not_depend_on_who_asks_first():

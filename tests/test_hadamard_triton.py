@@ -11,14 +11,15 @@ from kernel_helpers import in_floors
 from offline import compile_for, resources
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
-from hf_hadacore.kernels import hadamard_gluon, hadamard_triton
+from hf_hadacore.kernels import hadamard_gluon, hadamard_hopper, hadamard_triton
 from hf_hadacore.kernels import hadamard_schedules as schedules
 from hf_hadacore.kernels.hadamard_layouts import permutation
 
 POWERS = (1, 2, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-OTHERS = (12, 24, 80, 96, 112, 192, 576, 768, 1152, 3072, 4864, 5120, 9216, 11008, 13824, 14336, 18944, 28672)
-# Several passes: leading factors, then rows.
-LONG = (8960, 29568, 53248, 65536)
+OTHERS = (12, 24, 80, 96, 112, 192, 576, 768, 1152, 3072, 4864, 5120, 8960, 9216)
+LONG_OTHERS = (11008, 13824, 14336, 18944, 28672)
+# Leading factors, then rows.
+SEVERAL_PASSES = (29568, 53248, 65536)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def rows_for(n: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("n", POWERS + OTHERS + LONG)
+@pytest.mark.parametrize("n", POWERS + OTHERS + LONG_OTHERS + SEVERAL_PASSES)
 def test_one_rounding(n, dtype):
     x = random_rows(rows_for(n), n, dtype)
     exact = exact_transform(x, n) * n**-0.5
@@ -97,7 +98,7 @@ def test_signs_and_transpose(n):
         assert in_floors(y, exact_transform(x * sign, n, transpose) * n**-0.5) <= 1.01
 
 
-@pytest.mark.parametrize("n", [64, 128, 256, 1024, 4096, 112, 3072, 8960])
+@pytest.mark.parametrize("n", [64, 128, 256, 1024, 4096, 112, 3072, 6336])
 def test_strides(n):
     wide = random_rows(9, 2 * n + 24, torch.float16)
     for x in (wide[:, :n], wide[::2, 8 : 8 + n], wide[1:, 3 : 3 + n], wide[:, : 2 * n : 2], wide[:1, :n]):
@@ -136,10 +137,23 @@ def test_every_schedule(n):
         assert in_floors(transformed(x, schedule=schedule), exact) <= 1.01
 
 
+@pytest.mark.parametrize("n", [4096, 16384, 32768, 3072, 10240, 11008, 13824, 14336])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_in_shared_memory(n, dtype):
+    steps = schedules.steps_of(hadamard_factors(n))
+    found = schedules.hopper_candidates(steps.heads, steps.column_bits)
+    x = random_rows(rows_for(n), n, dtype)
+    sign = random_rows(1, n, dtype, seed=1)[0].sign()
+    exact = exact_transform(x * sign, n, True) * n**-0.5
+    for schedule in found[:: -(-len(found) // 4)]:
+        y = transformed(x, schedule=schedule, sign=sign, transpose=True)
+        assert in_floors(y, exact) <= 1.01
+
+
 def compile_rows(n: int, dtype: torch.dtype, has_sign: bool = False, capability: int = 90) -> dict:
     steps = schedules.steps_of(hadamard_factors(n))
     is_wide = dtype == torch.float32
-    schedule = schedules.choose(steps.heads, steps.column_bits, is_wide)
+    schedule = schedules.choose(steps.heads, steps.column_bits, is_wide, is_small=True)
     has_pdl = capability >= 90
     arguments = dict(
         p_x=dtype,
@@ -178,10 +192,41 @@ def test_everything_stays_in_registers(tmp_path, n, dtype):
     assert "shfl" not in ptx and ".local" not in ptx
     assert resources(asm["cubin"], tmp_path).stack <= 32
     # Only rows that one warp cannot hold go through shared memory.
-    assert ("ld.shared" in ptx or "ldmatrix" in ptx) == (n > 2048)
+    assert ("ld.shared" in ptx or "ldmatrix" in ptx) == (n > 1024)
     assert re.search(r"ld\.global[.\w:]*\.v[24]\.b32", ptx)
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")
     assert ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("st.global"))
+
+
+@pytest.mark.parametrize("n", [16384, 32768, 11008, 18944, 14336, 10240])
+def test_rows_in_shared_memory_compile(tmp_path, n):
+    steps = schedules.steps_of(hadamard_factors(n))
+    schedule = schedules.choose_hopper(steps.heads, steps.column_bits)
+    for dtype, has_sign in ((torch.float16, False), (torch.bfloat16, True)):
+        arguments = dict(
+            p_x=dtype,
+            p_out=dtype,
+            p_h=dtype,
+            p_sign=dtype if has_sign else None,
+            **dict.fromkeys(("rows", "s_x", "s_out"), "i32"),
+            scale="fp32",
+            M=schedule.matrix,
+            C_BITS=schedule.column_bits,
+            ROWS=schedule.rows,
+            MATRIX_ROWS=schedule.matrix_rows,
+            STAGES=schedule.stages,
+            PDL=True,
+        )
+        options = {"num_warps": hadamard_triton._HOPPER_WARPS, "launch_pdl": True}
+        asm = compile_for(90, hadamard_hopper.hopper_kernel, arguments, **options)
+        ptx = asm["ptx"]
+        assert len(re.findall(r"wgmma\.mma_async", ptx)) == -(-schedule.matrix // 16) * schedule.tiles
+        assert "mma.sync.aligned.m16n8k16" in ptx and "shfl.sync.bfly" not in ptx
+        assert resources(asm["cubin"], tmp_path).stack <= 32
+        # 16 bytes in, 8 out; nothing but signs is read from shared memory by threads.
+        assert "cp.async.cg" in ptx and "cp.async.ca" not in ptx
+        assert re.search(r"st\.global[.\w:]*\.v2\.b32", ptx)
+        assert ("ld.shared" in ptx) == has_sign
 
 
 @pytest.mark.parametrize("n", [256, 8192, 14336])

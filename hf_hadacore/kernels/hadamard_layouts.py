@@ -116,7 +116,7 @@ def second_order(plan: Plan) -> list[int]:
 
 
 @gluon.constexpr_function
-def _layout(
+def bit_layout(
     registers: list[int], lanes: list[int], warps: list[int], natural: list[int], shape: list[int]
 ) -> Any:
     inner_bits = shape[1].bit_length() - 1
@@ -138,7 +138,7 @@ def input_layout(plan: Plan, matrix_bits: int) -> Any:
     registers = [plan.vector, *plan.registers, *(MATRIX + j for j in (0, *range(3, matrix_bits)))]
     lanes = [MATRIX + 1, MATRIX + 2, *plan.lanes]
     natural = natural_order(plan, matrix_bits, False)
-    return _layout(registers, lanes, list(plan.warps), natural, tile_shape(plan, matrix_bits))
+    return bit_layout(registers, lanes, list(plan.warps), natural, tile_shape(plan, matrix_bits))
 
 
 @gluon.constexpr_function
@@ -155,13 +155,13 @@ def result_layout(plan: Plan) -> Any:
     if not crossing:
         registers = [plan.vector, plan.lanes[0], *plan.registers, MATRIX + 3]
         lanes = [*plan.lanes[1:], *(MATRIX + j for j in range(3))]
-        return _layout(registers, lanes, list(plan.warps), natural, shape)
+        return bit_layout(registers, lanes, list(plan.warps), natural, shape)
     register_bits = len(natural) - LANES - len(plan.warps)
     free = [role for role in natural[::-1] if role not in crossing]
     low = max(0, min(3, register_bits - len(crossing)))
     more = register_bits - len(crossing) - low
     registers = [*crossing, *free[:low], *free[low + LANES : low + LANES + more]]
-    return _layout(registers, free[low : low + LANES], free[low + LANES + more :], natural, shape)
+    return bit_layout(registers, free[low : low + LANES], free[low + LANES + more :], natural, shape)
 
 
 @gluon.constexpr_function

@@ -12,6 +12,10 @@ from ..hadamard_matrices import hadamard_matrix
 MAX_ROW = 1 << 15
 # A larger matrix takes more arithmetic than a pass over memory has time for.
 MAX_MATRIX = 256
+# Of a Hopper processor, for all its programs; the system takes 1024 more for each.
+_SHARED_BYTES = 226 << 10
+# Fewer elements than this do not fill a GPU for long.
+SMALL = 1 << 22
 # In the rows a program holds, column bits beyond three are another product's, which needs more than four.
 _PRODUCT_BITS = 4
 
@@ -54,6 +58,46 @@ class Schedule(NamedTuple):
     streams: int = 0
 
 
+class HopperSchedule(NamedTuple):
+    """How `hadamard_hopper` transforms rows of m * 2^c elements.
+
+    Attributes:
+        matrix: m.
+        column_bits: c.
+        rows: transformed at a time.
+        matrix_rows: of H_m in one product: 64, where the two groups of warps share the columns, or 128.
+        stages: of shared memory, each for `rows` rows.
+        residents: programs that share a processor; its registers hold the sums of two small products.
+    """
+
+    matrix: int
+    column_bits: int
+    rows: int
+    matrix_rows: int
+    stages: int
+    residents: int
+
+    @property
+    def tiles(self) -> int:
+        """Products that make H_m."""
+        return -(-self.matrix // self.matrix_rows)
+
+    @property
+    def shared_bytes(self) -> int:
+        padded = -(-self.matrix // 16) * 16
+        return 2 * padded * (self.tiles * self.matrix_rows + self.stages * (self.rows << self.column_bits))
+
+    @property
+    def cycles(self) -> float:
+        """Estimate of what a processor computes for each element; a copy takes 0.31 cycles on an H100.
+
+        Its tensor cores do some 1600 multiplications a cycle in the first product; what follows is 0.13
+        cycles for each row of H_m, also those that only pad it.
+        """
+        padding = self.tiles * self.matrix_rows / self.matrix
+        return padding * (-(-self.matrix // 16) * 16 / 1600 + 0.13)
+
+
 @cache
 def steps_of(factors: tuple[int, ...]) -> Steps:
     """Split a size.
@@ -87,25 +131,75 @@ def _sylvester_bits(order: int) -> int:
 
 
 @cache
-def choose(heads: tuple[int, ...], column_bits: int, is_wide: bool) -> Schedule:
-    """The schedule for rows of prod(heads) * 2^column_bits elements.
+def choose(heads: tuple[int, ...], column_bits: int, is_wide: bool, is_small: bool) -> Schedule:
+    """The schedule for rows of prod(heads) * 2^column_bits elements, as measured on an H100.
 
     Args:
         heads, column_bits: as in `Steps`.
         is_wide: x is fp32.
+        is_small: at most `SMALL` elements: programs should be many and short.
     """
     m, c = prod(heads), column_bits
     if not heads and c >= 8:
-        if c == 15 and not is_wide:
-            return schedule(128, 8, 32, 8, is_unrolled=False)
-        wide_rows = c in (11, 13, 14, 15) and not is_wide
-        return schedule(16, c - 4, 128 if wide_rows else 64, 4, is_mixed=True)
+        columns = 128 if c >= 14 and not is_wide else 64
+        min_warps = 1 if is_small else 8 if c <= 10 else 4 if is_wide else 1
+        streams = {14: 4, 15: 1}.get(c, 0) if not is_small and not is_wide else 0
+        return schedule(16, c - 4, columns, min_warps, is_mixed=True, streams=streams)
     if not heads:
         m, c = max(1, 1 << c >> 3), min(c, 3)
     elif c == _PRODUCT_BITS:
         m, c = 2 * m, 3
-    columns = 64 if m <= 32 and not is_wide else 32
-    return schedule(m, c, columns, 4, is_unrolled=m <= 32)
+    is_light = m <= 32
+    return schedule(m, c, 64 if is_light and not is_wide else 32, 4 if is_light else 2, is_unrolled=is_light)
+
+
+@cache
+def choose_hopper(heads: tuple[int, ...], column_bits: int) -> HopperSchedule | None:
+    """The schedule for many rows of 16-bit elements, or None where `choose` has a better one."""
+    if prod(heads) << column_bits < (1 << 12 if heads else 1 << 14):
+        return None
+    return next(iter(hopper_candidates(heads, column_bits)), None)
+
+
+def hopper_candidates(heads: tuple[int, ...], column_bits: int) -> list[HopperSchedule]:
+    """Schedules that fit a Hopper processor, the most promising first."""
+    found = [
+        HopperSchedule(prod(heads) << bits, column_bits - bits, rows, matrix_rows, stages, residents)
+        for bits in range(column_bits + 1)
+        for rows in (1, 2, 4, 8)
+        for matrix_rows in (64, 128)
+        for stages in (2, 3, 4)
+        for residents in (1, 2)
+    ]
+    # The last one of equal ones has the most stages.
+    fitting = {each._replace(stages=0): each for each in found if _fits_hopper(each)}
+    # Little arithmetic; programs that compute while others wait; long products, which read H_m less often.
+    return sorted(
+        fitting.values(),
+        key=lambda each: (
+            round(each.cycles, 1),
+            -each.residents,
+            -(each.rows << each.column_bits) * each.matrix_rows,
+            each.cycles,
+        ),
+    )
+
+
+def _fits_hopper(schedule: HopperSchedule) -> bool:
+    columns = schedule.rows << schedule.column_bits
+    # A product's sums: 128 a thread, or 64 where there is more to hold.
+    most = 256 * 64 if schedule.residents > 1 or schedule.tiles > 1 else 256 * 128
+    return (
+        4 <= schedule.column_bits <= 8
+        and 32 <= schedule.matrix <= MAX_MATRIX
+        and 128 <= columns
+        and columns * schedule.matrix_rows <= most
+        # Both groups of warps have rows, or both have columns.
+        and (schedule.matrix_rows == 128 or schedule.rows > 1)
+        and schedule.tiles * schedule.residents <= 3
+        and (schedule.shared_bytes + 1024) * schedule.residents <= _SHARED_BYTES
+        and schedule.cycles <= 0.31
+    )
 
 
 def schedule(
@@ -130,32 +224,28 @@ def schedule(
 
 
 def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
-    """Schedules worth timing for rows of 16-bit elements."""
+    """Schedules worth timing for rows of 16-bit elements, but for Hopper's."""
     m, c = prod(heads), column_bits
-    mixed: list[Schedule] = []
-    if heads:
-        splits = [(m << a, c - a) for a in range(2) if c >= a]
-    elif c < 8:
-        splits = [(max(1, 1 << c >> 3), min(c, 3))]
-    else:
-        splits = [(1 << a, c - a) for a in (6, 7) if c >= 13]
-        mixed = [
-            schedule(16, c - 4, columns, num_warps, is_mixed=True, streams=streams)
-            for columns in (64, 128)
-            for num_warps in (1, 2, 4, 8)
-            for streams in ((0, 1, 2, 3, 4) if c >= 12 else (0, 8 if columns == 64 else 4) if c > 8 else (0,))
+    if not heads and c >= 8:
+        found = [
+            schedule(16, c - 4, columns, min_warps, is_mixed=True)
+            for columns in ((64, 128) if c >= 14 else (32, 64))
+            for min_warps in (1, 8)
         ]
-    others = [
-        schedule(matrix, rest, columns, num_warps, is_unrolled=is_unrolled)
-        for matrix, rest in splits
-        for columns in ((64, 128) if matrix <= 16 else (32, 64))
-        # A thread's share of x and of one tile of the result must fit its registers.
-        if matrix <= MAX_MATRIX and rest != _PRODUCT_BITS and (matrix + 47) // 16 * columns <= 640
-        for num_warps in (2, 4, 8)
-        for is_unrolled in ((True,) if matrix <= 16 else (True, False) if matrix <= 64 else (False,))
-    ]
+    else:
+        if not heads:
+            m, c = max(1, 1 << c >> 3), min(c, 3)
+        elif c == _PRODUCT_BITS:
+            m, c = 2 * m, 3
+        found = [
+            schedule(m, c, columns, min_warps, is_unrolled=m <= 32)
+            for columns in (32, 64)
+            # A thread's share of x and of one tile of the result must fit its registers.
+            if (m + 47) // 16 * columns <= 640
+            for min_warps in (2, 4)
+        ]
     return [
         each
-        for each in dict.fromkeys(mixed + others)
+        for each in dict.fromkeys(found)
         if each.num_warps <= 16 and (each.column_bits > 3 or each.rows >= 16)
     ]

@@ -17,7 +17,9 @@ from .w4a16_launch import processors_of
 # Intermediate results of sizes that take several passes stay in the L2 cache: rows are transformed in groups.
 _WORKSPACE_BYTES = 1 << 24
 # Columns of a program of the passes over leading factors, and its warps.
-_COLUMNS, _COLUMN_WARPS = 64, 2
+_COLUMNS, _COLUMN_WARPS = 64, 4
+# Of a program of `hadamard_hopper`, which is made for two groups of four.
+_HOPPER_WARPS = 8
 
 
 def launch(
@@ -28,7 +30,7 @@ def launch(
     scale: float,
     sign: torch.Tensor | None = None,
     transpose: bool = False,
-    schedule: schedules.Schedule | None = None,
+    schedule: schedules.Schedule | schedules.HopperSchedule | None = None,
 ) -> None:
     """out = scale * H (sign * x) per row, on the current device.
 
@@ -79,25 +81,35 @@ def _transform_rows(
     scale: float,
     sign: torch.Tensor | None,
     transpose: bool,
-    schedule: schedules.Schedule | None,
+    schedule: schedules.Schedule | schedules.HopperSchedule | None,
 ) -> None:
     from .hadamard_gluon import rows_kernel
+    from .hadamard_hopper import hopper_kernel
     from .hadamard_streamed import streamed_kernel
 
     rows = x.shape[0]
     terms, later_terms = _terms(x, out)
-    if schedule is None:
-        schedule = schedules.choose(steps.heads, steps.column_bits, x.dtype == torch.float32)
-    matrix = _packed_matrix(
-        (*steps.heads, schedule.matrix // prod(steps.heads)), schedule.is_mixed, transpose, x.dtype, x.device
-    )
     unit = _unit(x.stride(0), out.stride(0))
-    tensors = (x, out, matrix, sign)
+    is_aligned = unit == 8 and (x.data_ptr() | out.data_ptr()) % 16 == 0
+    is_small = x.numel() <= schedules.SMALL
+    if schedule is None and is_aligned and not is_small and terms == 1 and _is_hopper(x.device):
+        schedule = schedules.choose_hopper(steps.heads, steps.column_bits)
+    if schedule is None:
+        schedule = schedules.choose(steps.heads, steps.column_bits, x.dtype == torch.float32, is_small)
+    orders = (*steps.heads, schedule.matrix // prod(steps.heads))
     sizes = (rows, x.stride(0) // unit, out.stride(0) // unit, scale)
     programs = -(-rows // schedule.rows)
     m, c = schedule.matrix, schedule.column_bits
     constants: tuple[int, ...]
-    if schedule.streams and unit == 8 and x.data_ptr() % 16 == 0:
+    if isinstance(schedule, schedules.HopperSchedule):
+        matrix = _padded_matrix(orders, schedule.matrix_rows, transpose, x.dtype, x.device)
+        constants = (m, c, schedule.rows, schedule.matrix_rows, schedule.stages)
+        programs = min(programs, schedule.residents * processors_of(x.device.index or 0))
+        _run(hopper_kernel, (x, out, matrix, sign), sizes, constants, programs, _HOPPER_WARPS)
+        return
+    matrix = _packed_matrix(orders, schedule.is_mixed, transpose, x.dtype, x.device)
+    tensors = (x, out, matrix, sign)
+    if schedule.streams and is_aligned:
         programs = min(programs, schedule.streams * processors_of(x.device.index or 0))
         constants = (m.bit_length() - 1, c, schedule.rows, terms, later_terms)
         _run(streamed_kernel, tensors, sizes, constants, programs, schedule.num_warps)
@@ -167,15 +179,35 @@ def _has_pdl(device: torch.device) -> bool:
 
 
 @cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def _packed_matrix(
     orders: tuple[int, ...], is_mixed: bool, transpose: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """The Kronecker product of the matrices of some orders as `pack` puts it, on a device."""
+    dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+    return pack(_product(orders, transpose), is_mixed).to(device, dtype)
+
+
+@cache
+def _padded_matrix(
+    orders: tuple[int, ...], rows: int, transpose: bool, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The same, row by row; rows are rounded up to a multiple of some, columns of 16, with zeros."""
+    m = prod(orders)
+    padded = torch.zeros(-(-m // rows) * rows, -(-m // 16) * 16, dtype=torch.int8)
+    padded[:m, :m] = _product(orders, transpose)
+    return padded.to(device, dtype)
+
+
+def _product(orders: tuple[int, ...], transpose: bool) -> torch.Tensor:
     matrix = torch.ones(1, 1, dtype=torch.int8)
     for order in orders:
         matrix = torch.kron(matrix, hadamard_matrix(order))
-    dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-    return pack(matrix.T if transpose else matrix, is_mixed).to(device, dtype)
+    return matrix.T if transpose else matrix
 
 
 def pack(matrix: torch.Tensor, is_mixed: bool) -> torch.Tensor:
