@@ -133,6 +133,7 @@ class Variant(NamedTuple):
     has_offset: bool
     rope: str
     has_sign: bool
+    heads: int
     layout: str
     is_aligned: bool
 
@@ -150,6 +151,7 @@ def random_variant(draw: random.Random) -> Variant:
         draw.random() < 0.3,
         draw.choice(["none", "none", "whole", "half"]),
         rotate and draw.random() < 0.2,
+        draw.choice([1, 2, 3, 4, 8]),
         draw.choice(["contiguous", "tokens first", "tokens first", "fused", "every second", "odd"]),
         draw.random() < 0.5,
     )
@@ -181,8 +183,7 @@ def draw_x(draw: random.Random, layout: str, shape: tuple[int, ...], dtype: torc
 
 def draw_case(draw: random.Random, variant: Variant) -> tuple[torch.Tensor, dict[str, Any]]:
     """x and the arguments of `exact_rotation`."""
-    d = variant.d
-    batch, heads = draw.choice([(1, 1), (2, 3), (1, 8), (3, 2), (2, 4)])
+    d, heads, batch = variant.d, variant.heads, draw.choice([1, 2, 3])
     tokens = draw.choice(
         [16, 64, 112, 512, 1008] if variant.is_aligned else [1, 2, 7, 63, 65, 100, 129, 1000]
     )
