@@ -139,6 +139,7 @@ class _Shared:
 def _copy_to_shared(shared, pointer, mask=None):
     assert pointer.offsets.shape == shared.values.shape
     mask = torch.broadcast_to(torch.tensor(True) if mask is None else mask, shared.values.shape)
+    shared.values[:] = 0
     shared.values[mask] = pointer.tensor[pointer.places(mask)]
 
 

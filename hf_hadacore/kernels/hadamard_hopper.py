@@ -129,16 +129,6 @@ def copy_matrix(s_h, p_h, K: gl.constexpr, START: gl.constexpr, MATRIX_ROWS: gl.
 
 
 @gluon.jit
-def clear(s_piece, p_zeros):
-    """What `copy_rows` never copies, because H_m has no such columns, must not be NaN."""
-    stages: gl.constexpr = s_piece.shape[0]
-    layout: gl.constexpr = copy_layout(s_piece.shape[1], s_piece.shape[2], gl.num_warps())
-    o_zero = outer_offsets(layout, s_piece.shape[1]) * 0 + inner_offsets(layout, s_piece.shape[2]) % 8
-    for i in gl.static_range(stages):
-        copy_to_shared(s_piece.index(i), p_zeros + o_zero)
-
-
-@gluon.jit
 def copy_rows(
     s_piece,
     p_x,
@@ -150,7 +140,10 @@ def copy_rows(
     C_BITS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Matrix rows START ... of ROWS rows of x, ``[2^bits, ROWS * C]``; what does not exist stays as it is."""
+    """Matrix rows START ... of ROWS rows of x, ``[2^bits, ROWS * C]``; what does not exist becomes 0.
+
+    The instruction fills what is masked with zeros, which Triton's own pipelines count on.
+    """
     layout: gl.constexpr = copy_layout(s_piece.shape[0], s_piece.shape[1], gl.num_warps())
     o_k = START + outer_offsets(layout, s_piece.shape[0])
     o_column = inner_offsets(layout, s_piece.shape[1])
@@ -230,9 +223,6 @@ def hopper_kernel(
         s_hs += (allocate(dtype, tiles, MATRIX_ROWS, 1 << pieces[i][1]),)
         s_xs += (allocate(dtype, STAGES, 1 << pieces[i][1], columns),)
         copy_matrix(s_hs[i], p_h, k, pieces[i][0], MATRIX_ROWS)
-    if k > M:
-        # The last row of H_m is one of those around it.
-        clear(s_xs[len(pieces) - 1], p_h + (tiles * MATRIX_ROWS - 1) * k)
     if PDL:
         wait_for_previous()
     programs = gl.num_programs(0)

@@ -17,7 +17,7 @@ from .w4a16_gluon import barrier, copy_to_shared, launch_dependents, wait_for_pr
 
 @gluon.jit
 def start_copy(s_tile, p_x, rows, s_x, i_tile, plan: gl.constexpr, BITS: gl.constexpr, VECTOR: gl.constexpr):
-    """Ask for a tile's rows, VECTOR elements a thread; those that do not exist are left as they are."""
+    """Ask for a tile's rows, VECTOR elements a thread; those that do not exist become 0."""
     n: gl.constexpr = 1 << (BITS + plan.column_bits)
     layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [1, 32], [1, gl.num_warps()], [1, 0])
     o_row, o_n, m = places(i_tile, rows, 0, plan, layout, BITS, n)
