@@ -13,6 +13,7 @@ rounding the exact result once.
 `--tune` times every schedule worth trying, one by one, once all are compiled and checked side by side.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -256,7 +257,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         text = f"{n} {dtype}:"
         for row in (row for row in rows if (row["n"], row["dtype"]) == (n, dtype)):
             shares = {name: row["us"]["copy"] / us for name, us in row["us"].items() if name != "copy"}
-            text += f" | 2^{row['elements'].bit_length() - 1} "
+            text += f" | 2^{math.log2(row['elements']):.0f} "
             text += " ".join(f"{name} {share:.3f}" for name, share in shares.items())
             text += f" ({row['bandwidth_us'] / row['us']['ours']:.3f})"
             if row["hot_us"]:
