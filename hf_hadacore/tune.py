@@ -122,7 +122,7 @@ def _kernel_of(job: _Job) -> tuple[Any, ...]:
     _, k, _, group_size, dtype, schedule = job
     split = -(-k // 128 // schedule.tiles)
     options = schedule._asdict()
-    if isinstance(schedule, schedules.WideSchedule):
+    if not isinstance(schedule, schedules.SkinnySchedule):
         del options["tiles"]
     return (group_size, dtype, split, *options.items())
 

@@ -60,12 +60,17 @@ def random_variant(draw: random.Random) -> Variant:
     k = 128 * draw.choice([1, 3, 8, 16, 33])
     tiles = -(-k // 128 // draw.choice([1, 2, 3, 8]))
     schedule: schedules.Schedule
-    if draw.random() < 0.5:
+    kind = draw.random()
+    if kind < 0.4:
         block_m, (block_n, num_warps) = draw.choice([8, 16]), draw.choice([(64, 4), (128, 8), (128, 4)])
         stages = draw.randint(1, min(4, tiles))
         schedule = schedules.SkinnySchedule(block_m, block_n, tiles, stages, num_warps)
+    elif kind < 0.6:
+        schedule = schedules.PrefillSchedule(128, tiles, draw.choice([2, 4]))
     else:
-        block_m, stages, slots = draw.choice([(32, 4, 4), (64, 3, 4), (64, 1, 2), (128, 1, 4), (128, 2, 3)])
+        block_m, stages, slots = draw.choice(
+            [(16, 2, 4), (32, 4, 4), (64, 3, 4), (64, 1, 2), (128, 1, 4), (128, 2, 3)]
+        )
         schedule = schedules.WideSchedule(block_m, tiles, stages, slots)
     return Variant(
         k,
@@ -85,6 +90,9 @@ def run_case(draw: random.Random, variant: Variant) -> tuple[float, dict[str, An
     m = draw.choice([tokens for tokens in TOKENS if not is_skinny or tokens <= schedule.block_m])
     n = 64 * draw.randint(1, 20)
     weight = random_weight(n, k, group_size, symmetric, dtype)
+    if draw.random() < 0.3:  # groups that count for nothing, and scales that differ by orders of magnitude
+        weight.scale[torch.rand_like(weight.scale, dtype=torch.float32) < 0.2] = 0
+        weight.scale[::3, ::2] *= 1e-3
     bias = torch.randn(n, device="cuda", dtype=dtype) if has_bias else None
     perm = torch.randperm(k, device="cuda").int() if has_perm else None
     layout = draw.choice(["contiguous", "offset", "strided", "transposed", "rows", "odd rows"])
@@ -151,7 +159,7 @@ def check_repeats() -> dict[str, Any]:
 
 def check_bad_rows() -> bool:
     """inf and NaN stay in the rows that hold them; all-zero groups give zero."""
-    for m in (3, 40):
+    for m in (3, 40, 1100):
         weight = random_weight(128, 256, 128, False, torch.bfloat16)
         tensors = as_tiles(weight)
         for value in (float("nan"), float("inf")):
@@ -181,12 +189,13 @@ def check_beyond_int32() -> dict[str, float]:
     worst["x"] = error((1 << 21) + 5, 64, 1024, 128)
     worst["result"] = error(1030, (1 << 21) + 64, 128, 32)
     worst["weight, few tokens"] = error(3, (1 << 17) + 64, 1 << 17, -1)
+    worst["result, prefill"] = error(1030, (1 << 21) + 64, 256, 128)
     worst["weight, many tokens"] = error(70, (1 << 17) + 64, 1 << 17, 128)
     return {name: round(value, 4) for name, value in worst.items()}
 
 
 def sanitize() -> None:
-    """One small problem for the main variants of both kernels, for compute-sanitizer."""
+    """One small problem for the main variants of all kernels, for compute-sanitizer."""
     for dtype, kinds in (
         (torch.float16, ((128, False), (32, True))),
         (torch.bfloat16, ((64, True), (-1, False))),
@@ -195,8 +204,10 @@ def sanitize() -> None:
             for m, schedule in (
                 (3, schedules.SkinnySchedule(8, 64, 3, 2, 4)),
                 (16, schedules.SkinnySchedule(16, 128, 5, 2, 8)),
+                (13, schedules.WideSchedule(16, 3, 2, 4)),
                 (33, schedules.WideSchedule(32, 3, 4, 4)),
                 (70, schedules.WideSchedule(64, 5, 3, 4)),
+                (130, schedules.PrefillSchedule(128, 3, 4)),
             ):
                 n, k = 192, 640
                 weight = random_weight(n, k, group_size, symmetric, dtype)

@@ -128,7 +128,8 @@ def test_every_schedule_can_run(m, row_tiles, k_tiles, processors):
             assert m <= schedule.block_m and 1 <= schedule.stages <= schedule.tiles
             assert schedule.tiles * schedule.block_m * 256 <= 227 * 1024
         else:
-            assert m > schedules.MAX_SKINNY_TOKENS
+            assert m > (8 if schedule.block_m == 16 else schedules.MAX_SKINNY_TOKENS)
+            assert m <= schedule.block_m or schedule.block_m > 16
             assert schedule.slots * schedule.block_m * 256 < 227 * 1024
 
 
@@ -137,6 +138,7 @@ def test_tuning_files(tmp_path, monkeypatch):
     tuned = {
         "sm90 4096x4096 1": schedules.SkinnySchedule(8, 64, 8, 4, 4),
         "sm90 4096x4096 64": schedules.WideSchedule(64, 16, 3, 4),
+        "sm90 4096x4096 4096": schedules.PrefillSchedule(128, 32, 3),
     }
     schedules.write_table(file, tuned, {"device": "a GPU"})
     assert schedules.read_table(file) == tuned

@@ -71,7 +71,7 @@ def _cuda(gate, up, activation):
     from . import pointwise_triton
 
     _check(gate, up, activation)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = gate.new_empty(gate.shape)
     with on_device(gate.device):
         pointwise_triton.gated_activation(gate, up, activation == "gelu_tanh", out)
     return out

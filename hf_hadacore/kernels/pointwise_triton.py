@@ -9,14 +9,13 @@ Intermediate values are rounded where transformers' eager code rounds them. Pref
 registers, o_ offsets, m_ mask, i_ index, s_ stride.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import run
+from .launcher import has_pdl, run
 
 # Rows that are longer do not fit into one program.
 MAX_NORM_SIZE = 65536
@@ -28,15 +27,6 @@ _OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"enable_fp_fusion": False},
     True: {"enable_fp_fusion": False, "launch_pdl": True},
 }
-
-
-@cache
-def _has_pdl(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
 
 
 def _power_of_2(n: int) -> int:
@@ -154,15 +144,15 @@ def rms_norm(
     x, inner, s_outer, s_inner = _as_rows(x)
     block = _power_of_2(n)
     per_program = max(1, 1024 // block)
-    has_pdl = _has_pdl(x.device)
+    pdl = has_pdl(x.device)
     run(
         _rms_norm_kernel,
         (x, residual if residual is None else residual.contiguous(), weight.contiguous(), out, total),
         (rows, inner, s_outer, s_inner, eps),
-        (n, per_program, block, weight_offset, round_before_weight, has_pdl),
+        (n, per_program, block, weight_offset, round_before_weight, pdl),
         (-(-rows // per_program), 1, 1),
         num_warps=min(16, max(4, block // 512)),
-        **_OPTIONS[has_pdl],
+        **_OPTIONS[pdl],
     )
 
 
@@ -215,15 +205,15 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, is_gelu: bool, out: t
         up, s_up = up.contiguous(), n
     block = 1024
     blocks = -(-n // block)
-    has_pdl = _has_pdl(out.device)
+    pdl = has_pdl(out.device)
     run(
         _gated_activation_kernel,
         (gate, up, out),
         (n, blocks, s_gate, s_up),
-        (is_gelu, block, has_pdl),
+        (is_gelu, block, pdl),
         (out.numel() // n * blocks, 1, 1),
         num_warps=4,
-        **_OPTIONS[has_pdl],
+        **_OPTIONS[pdl],
     )
 
 
@@ -403,7 +393,7 @@ def rope(
     if v is not None:
         v, s_vb, s_vt = _as_heads(v)
     elements = (q_heads + 2 * kv_heads) * d
-    has_pdl = _has_pdl(q.device)
+    pdl = has_pdl(q.device)
     run(
         _rope_kernel,
         (q, k, v, cos.contiguous(), sin.contiguous(), q_weight, k_weight, q_out, keys, values, position),
@@ -428,9 +418,9 @@ def rope(
             _power_of_2(d // 2),
             weight_offset,
             round_before_weight,
-            has_pdl,
+            pdl,
         ),
         (batch * tokens, 1, 1),
         num_warps=4 if elements <= 2048 else 8 if elements <= 8192 else 16,
-        **_OPTIONS[has_pdl],
+        **_OPTIONS[pdl],
     )

@@ -146,7 +146,7 @@ def _cuda(x, weight, eps, weight_offset, round_before_weight):
     _check(x, weight)
     if x.shape[-1] > pointwise_triton.MAX_NORM_SIZE:
         return rms_norm_reference(x, weight, eps, weight_offset, round_before_weight).contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     with on_device(x.device):
         pointwise_triton.rms_norm(x, None, weight, eps, weight_offset, round_before_weight, out, None)
     return out
@@ -161,8 +161,8 @@ def _add_cuda(x, residual, weight, eps, weight_offset, round_before_weight):
     _check(x, weight, residual)
     if x.shape[-1] > pointwise_triton.MAX_NORM_SIZE:
         return _add_eager(x, residual, weight, eps, weight_offset, round_before_weight)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(out)
+    out = x.new_empty(x.shape)
+    total = out.new_empty(out.shape)
     with on_device(x.device):
         pointwise_triton.rms_norm(x, residual, weight, eps, weight_offset, round_before_weight, out, total)
     return out, total

@@ -205,8 +205,8 @@ def _cuda(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_w
 
     _check(q, k, None, cos, sin, q_weight, k_weight)
     batch, tokens, kv_heads, d = k.shape
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty((batch, kv_heads, tokens, d), dtype=k.dtype, device=k.device)
+    q_out = q.new_empty(q.shape)
+    k_out = k.new_empty((batch, kv_heads, tokens, d))
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
     with on_device(q.device):
         pointwise_triton.rope(q, k, None, cos, sin, *norm, q_out, k_out, None, None)
@@ -222,7 +222,7 @@ def _cache_cuda(
     from . import pointwise_triton
 
     _check(q, k, v, cos, sin, q_weight, k_weight, keys, values, position)
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q_out = q.new_empty(q.shape)
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
     with on_device(q.device):
         pointwise_triton.rope(q, k, v, cos, sin, *norm, q_out, keys, values, position)

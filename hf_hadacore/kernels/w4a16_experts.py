@@ -196,9 +196,7 @@ def choose_schedule(slots: int, experts: int, n: int, k: int, processors: int) -
         processors: of the GPU.
     """
     tokens = 8 if slots <= 8 * experts else 16
-    schedule = schedules.choose(tokens, n * min(slots, experts), k, "experts", processors)
-    assert isinstance(schedule, schedules.SkinnySchedule)
-    return schedule
+    return schedules.choose_skinny(tokens, n * min(slots, experts), k // TILE_INPUTS, processors)
 
 
 def launch(

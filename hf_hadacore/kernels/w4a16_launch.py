@@ -39,26 +39,31 @@ def launch(
     """Run one of the kernels.
 
     Args:
-        x: fp16 or bf16 ``[M, K]``, any strides, M > 0.
+        x: fp16 or bf16 ``[..., K]``, M rows, any strides, M > 0.
         tiles, scale, zero, input_perm, bias, group_size: as in `w4a16_tiled`.
-        out: ``[M, N]`` contiguous, in the dtype of x; every element is written.
+        out: ``[..., N]`` contiguous, in the dtype of x; every element is written.
         schedule: how the product is cut; a `SkinnySchedule` takes at most its `block_m` tokens.
     """
-    (m, k), n = x.shape, out.shape[1]
-    if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
-        schedule = schedule._replace(tiles=k // TILE_INPUTS)
+    k, n = x.shape[-1], out.shape[-1]
+    m = out.numel() // n
     groups = GROUPS_PER_TILE[group_size]
     k_tiles = k // TILE_INPUTS
+    if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
+        schedule = schedule._replace(tiles=k_tiles)
     split_k = -(-k_tiles // schedule.tiles)
     if input_perm is not None and not isinstance(schedule, schedules.SkinnySchedule):
-        x, input_perm = x.index_select(1, input_perm), None
-    # Both kernels copy x in aligned pieces of 16 bytes.
-    s_xm = x.stride(0) if m > 1 else k
-    if x.stride(1) != 1 or s_xm % 16 or x.data_ptr() % 16:
+        x, input_perm = x.index_select(-1, input_perm), None
+    # Most are contiguous, whatever their number of dimensions; views take longer than one would think.
+    s_xm = k
+    if not x.is_contiguous():
+        x = x.reshape(-1, k)
+        s_xm = x.stride(0) if m > 1 else k
+    # All kernels copy x in aligned pieces of 16 bytes.
+    if x.stride(-1) != 1 or s_xm % 16 or x.data_ptr() % 16:
         x, s_xm = x.clone(memory_format=torch.contiguous_format), k
     partials = arrived = out
     if split_k > 1:
-        partials = torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+        partials = x.new_empty((split_k, m, n), dtype=torch.float32)
         arrived = partials if x.is_meta else arrival_counters(x.device)
     tensors = (tiles, scale, zero)
     ends = (bias, out, partials, arrived)
@@ -75,27 +80,38 @@ def launch(
             num_warps=schedule.num_warps,
             launch_pdl=True,
         )
-    else:
-        from .w4a16_wide import wide_kernel
+        return
+    is_prefill = isinstance(schedule, schedules.PrefillSchedule)
+    m_tiles, n_tiles = -(-m // schedule.block_m), -(-n // (256 if is_prefill else 128))
+    kernel, two_programs = _tall_kernel(is_prefill)
+    # STAGES is the wide kernel's alone.
+    stages = (schedule.stages,) if isinstance(schedule, schedules.WideSchedule) else ()
+    run(
+        kernel,
+        (*tensors, *ends),
+        (m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group),
+        (schedule.block_m, split_k, *stages, schedule.slots, groups),
+        (n_tiles * m_tiles, split_k, 1),
+        num_warps=4,
+        descriptors=(_describe(x, m, s_xm, schedule.block_m, 64 if groups == 4 else 128),),
+        launch_pdl=True,
+        **(two_programs if schedule.block_m == 16 else {}),
+    )
 
-        n_tiles, m_tiles = -(-n // 128), -(-m // schedule.block_m)
-        run(
-            wide_kernel,
-            (*tensors, *ends),
-            (m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group),
-            (schedule.block_m, split_k, schedule.stages, schedule.slots, groups),
-            (n_tiles * m_tiles, split_k, 1),
-            num_warps=4,
-            descriptors=(_describe(x, s_xm, schedule.block_m, 64 if groups == 4 else 128),),
-            launch_pdl=True,
-        )
+
+@cache
+def _tall_kernel(is_prefill: bool) -> tuple[Any, dict[str, int]]:
+    from . import w4a16_prefill, w4a16_wide
+
+    kernel = w4a16_prefill.prefill_kernel if is_prefill else w4a16_wide.wide_kernel
+    return kernel, w4a16_wide.TWO_PROGRAMS
 
 
-def _describe(x: torch.Tensor, s_xm: int, block_m: int, swizzle: int) -> Any:
-    """The TMA descriptor of x, whose rows are s_xm elements apart."""
+def _describe(x: torch.Tensor, m: int, s_xm: int, block_m: int, swizzle: int) -> Any:
+    """The TMA descriptor of x, whose m rows are s_xm elements apart."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), [s_xm, 1], [block_m, TILE_INPUTS], _shared_layout(swizzle))
+    return TensorDescriptor(x, [m, x.shape[-1]], [s_xm, 1], [block_m, TILE_INPUTS], _shared_layout(swizzle))
 
 
 @cache

@@ -19,6 +19,7 @@ MAX_SKINNY_TOKENS = 16
 _TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARED_MEMORY = 226_000
 _MAX_SPLIT = 16
+_MAX_PREFILL_SPLIT = 4
 _H100_PROCESSORS = 132
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # (block_n, num_warps, stages) and (block_m, stages, slots)
@@ -49,7 +50,7 @@ class WideSchedule(NamedTuple):
     """Of `w4a16_wide.wide_kernel`; a program has 128 rows of weights.
 
     Attributes:
-        block_m: tokens of a program: 32, 64 or 128.
+        block_m: tokens of a program: 16 (two programs share a processor), 32, 64 or 128.
         tiles: tiles of K of a program.
         stages: tiles of weights in flight.
         slots: tiles of x in the ring.
@@ -61,7 +62,21 @@ class WideSchedule(NamedTuple):
     slots: int
 
 
-Schedule = SkinnySchedule | WideSchedule
+class PrefillSchedule(NamedTuple):
+    """Of `w4a16_prefill.prefill_kernel`; a program has 256 rows of weights.
+
+    Attributes:
+        block_m: tokens of a program: 128.
+        tiles: tiles of K of a program.
+        slots: tiles of x in the ring.
+    """
+
+    block_m: int
+    tiles: int
+    slots: int
+
+
+Schedule = SkinnySchedule | WideSchedule | PrefillSchedule
 
 
 def bucket(m: int) -> int:
@@ -92,6 +107,8 @@ def candidates(m: int, n: int, k: int) -> list[Schedule]:
     found: set[Schedule] = {_choose_by_rule(bucket(m), n, k_tiles, _H100_PROCESSORS)}
     for split in _SPLITS:
         tiles = -(-k_tiles // split)
+        if 8 < m <= MAX_SKINNY_TOKENS and 96 <= -(-n // 128) * split <= 300:
+            found.add(WideSchedule(16, tiles, 2, 4))
         if m <= MAX_SKINNY_TOKENS:
             block_m = 8 if m <= 8 else 16
             for block_n, num_warps, stages in _SKINNY_CANDIDATES:
@@ -103,26 +120,39 @@ def candidates(m: int, n: int, k: int) -> list[Schedule]:
                 programs = -(-n // 128) * -(-m // block_m) * split
                 if block_m < 2 * m and (split == 1 or programs <= 300):
                     found.add(WideSchedule(block_m, tiles, stages, slots))
+        if m > 64 and split <= _MAX_PREFILL_SPLIT:
+            found.add(PrefillSchedule(128, tiles, 4))
     return sorted(found)
 
 
 @cache
 def _choose_by_rule(m: int, n: int, k_tiles: int, processors: int) -> Schedule:
     if m <= MAX_SKINNY_TOKENS:
-        return _skinny_by_rule(m, n, k_tiles, processors)
-    return min(
-        # Sums of 128 tokens do not fit into the registers beside those of another program.
-        (
-            _wide(block_m, -(-k_tiles // split))
-            for block_m in (32, 64, 128)
-            for split in range(1, 9 if block_m < 128 else 2)
-        ),
-        key=lambda schedule: _wide_time(schedule, m, n, k_tiles, processors),
-    )
+        # Two programs of the wide kernel a processor, if there are as many and each has some tiles.
+        split = 2 * processors // -(-n // 128)
+        if m > 8 and 1 <= split <= min(_MAX_SPLIT, k_tiles // 8):
+            return WideSchedule(16, -(-k_tiles // split), 2, 4)
+        return choose_skinny(m, n, k_tiles, processors)
+    # Sums of 128 tokens do not fit into the registers beside those of another program.
+    schedules: list[WideSchedule | PrefillSchedule] = [
+        _wide(block_m, -(-k_tiles // split))
+        for block_m in (32, 64, 128)
+        for split in range(1, 9 if block_m < 128 else 2)
+    ]
+    schedules += [PrefillSchedule(128, -(-k_tiles // split), 4) for split in range(1, _MAX_PREFILL_SPLIT + 1)]
+    return min(schedules, key=lambda schedule: _time(schedule, m, n, k_tiles, processors))
 
 
-def _skinny_by_rule(m: int, n: int, k_tiles: int, processors: int) -> SkinnySchedule:
-    """About two programs of eight warps for each processor, with a slice of x that leaves room for both."""
+@cache
+def choose_skinny(m: int, n: int, k_tiles: int, processors: int) -> SkinnySchedule:
+    """About two programs of eight warps for each processor, with a slice of x that leaves room for both.
+
+    Args:
+        m: tokens, at most `MAX_SKINNY_TOKENS`.
+        n: outputs.
+        k_tiles: tiles of 128 inputs.
+        processors: as in `choose`.
+    """
     block_m = 8 if m <= 8 else 16
     row_tiles = -(-n // 128)
     most = _SHARED_MEMORY // 2 // (block_m * 256)
@@ -137,11 +167,13 @@ def _wide(block_m: int, tiles: int) -> WideSchedule:
     return WideSchedule(block_m, tiles, stages, slots)
 
 
-def _wide_time(schedule: WideSchedule, m: int, n: int, k_tiles: int, processors: int) -> float:
+def _time(schedule: WideSchedule | PrefillSchedule, m: int, n: int, k_tiles: int, processors: int) -> float:
     """Modelled microseconds: programs take turns on the processors; a tile takes a time of its own."""
-    tile_time = {32: 0.52, 64: 0.62, 128: 0.81}[schedule.block_m]
+    rows, tile_time = 128, {32: 0.52, 64: 0.62, 128: 1.0}[schedule.block_m]
+    if isinstance(schedule, PrefillSchedule):
+        rows, tile_time = 256, 1.75
     split = -(-k_tiles // schedule.tiles)
-    programs = -(-n // 128) * -(-m // schedule.block_m) * split
+    programs = -(-n // rows) * -(-m // schedule.block_m) * split
     turns = -(-programs // processors)
     exchange = 0.0 if split == 1 else 1.5 + 8 * m * n * split / 2.5e6
     return turns * (schedule.tiles * tile_time + 2.5) + exchange
@@ -187,12 +219,12 @@ def write_table(file: Path, schedules: dict[str, Schedule], about: dict[str, Any
 
 def _parse(entry: dict[str, dict[str, int]]) -> Schedule:
     ((name, values),) = entry.items()
-    kinds: dict[str, type[SkinnySchedule] | type[WideSchedule]] = {
-        kind.__name__: kind for kind in (SkinnySchedule, WideSchedule)
-    }
-    schedule = kinds[name](**values)
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (SkinnySchedule, WideSchedule, PrefillSchedule)}
+    schedule: Schedule = kinds[name](**values)
     allowed = {
-        "block_m": (8, 16) if isinstance(schedule, SkinnySchedule) else (32, 64, 128),
+        "block_m": {SkinnySchedule: (8, 16), WideSchedule: (16, 32, 64, 128), PrefillSchedule: (128,)}[
+            type(schedule)
+        ],
         "block_n": (64, 128),
         "num_warps": (4, 8),
         "stages": range(1, 9),

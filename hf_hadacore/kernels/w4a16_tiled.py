@@ -167,15 +167,12 @@ def _cuda(
     # than the launch.
     if tiles.shape[1] * int4.NIBBLES_PER_WORD != k:
         check_arguments(x, tiles, scale, zero, input_perm, bias, group_size)
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    out = x.new_empty((*x.shape[:-1], n))
     m = out.numel() // n
     if m:
-        processors = processors_of(x.device.index)
-        schedule = schedules.choose(m, n, k, "sm90", processors)
+        schedule = schedules.choose(m, n, k, "sm90", processors_of(x.device.index))
         with on_device(x.device):
-            launch(
-                x.reshape(-1, k), tiles, scale, zero, input_perm, bias, group_size, out.view(-1, n), schedule
-            )
+            launch(x, tiles, scale, zero, input_perm, bias, group_size, out, schedule)
     return out
 
 

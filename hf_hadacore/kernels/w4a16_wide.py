@@ -1,4 +1,4 @@
-"""The W4A16 kernel for more than 16 tokens on Hopper: warp-specialized, bound by memory or by tensor cores.
+"""The W4A16 kernel for 9 to some hundreds of tokens on Hopper: warp-specialized.
 
 The product is transposed, ``out^T = W x^T``: weights are the A operand of `wgmma`, straight from the
 registers in which they were unpacked, and x is the B operand in shared memory. One warp fetches tiles of x
@@ -29,9 +29,12 @@ from .w4a16_gluon import (
     zero_constants,
 )
 
-# Of the two consumer warpgroups; with 24 for the producer's they fill the register file.
+# Of the two consumer warpgroups; with 24 for the producer's they fill the register file. Up to 16 tokens two
+# programs share it, which then are compiled with `TWO_PROGRAMS`.
 _CONSUMER_REGISTERS = gl.constexpr(240)
+_HALF_CONSUMER_REGISTERS = gl.constexpr(104)
 _PRODUCER_REGISTERS = gl.constexpr(24)
+TWO_PROGRAMS = {"maxnreg": 80}
 # Programs that run at the same time share weights and tokens in the L2 cache: blocks of this many row tiles
 # go through all tokens before the next block starts.
 _ROW_TILES_TOGETHER = gl.constexpr(8)
@@ -66,10 +69,21 @@ def _operands(
 
 @gluon.jit
 def _load_tile(
-    p_tiles, o_words, p_scale, o_scale, p_zero, o_zero, first, i, count, s_group, GROUPS: gl.constexpr
+    p_tiles,
+    o_words,
+    p_scale,
+    o_scale,
+    p_zero,
+    o_zero,
+    first,
+    i,
+    count,
+    s_group,
+    GROUPS: gl.constexpr,
+    EVICTION: gl.constexpr,
 ):
     m = i < count
-    b_words = gl.load(p_tiles + o_words + i * 1024, mask=m, other=0, eviction_policy="evict_first")
+    b_words = gl.load(p_tiles + o_words + i * 1024, mask=m, other=0, eviction_policy=EVICTION)
     b_scales = load_groups(p_scale, o_scale, (first + i) * GROUPS, s_group, m, GROUPS, 1.0)
     b_zeros = load_groups(p_zero, o_zero, (first + i) * GROUPS, s_group, m, GROUPS, 8)
     return b_words, b_scales, b_zeros
@@ -160,7 +174,18 @@ def _consume(
     b_zeros = ()
     for stage in gl.static_range(STAGES):
         b_w, b_s, b_z = _load_tile(
-            p_tiles, o_words, p_scale, o_scale, p_zero, o_zero, first, stage, count, s_group, GROUPS
+            p_tiles,
+            o_words,
+            p_scale,
+            o_scale,
+            p_zero,
+            o_zero,
+            first,
+            stage,
+            count,
+            s_group,
+            GROUPS,
+            "evict_first",
         )
         b_words += (b_w,)
         b_scales += (b_s,)
@@ -178,7 +203,18 @@ def _consume(
             b_operands = _operands(b_words[stage], zeros, GROUPS, HAS_ZERO, ACC, dtype)
             ahead = i + STAGES
             b_w, b_s, b_z = _load_tile(
-                p_tiles, o_words, p_scale, o_scale, p_zero, o_zero, first, ahead, count, s_group, GROUPS
+                p_tiles,
+                o_words,
+                p_scale,
+                o_scale,
+                p_zero,
+                o_zero,
+                first,
+                ahead,
+                count,
+                s_group,
+                GROUPS,
+                "evict_first",
             )
             b_acc = _multiply_tile(b_acc, b_operands, b_scales[stage], s_x, s_full, s_empty, i, GROUPS)
             next_words += (b_w,)
@@ -354,5 +390,5 @@ def wide_kernel(
             (_produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [_HALF_CONSUMER_REGISTERS if BM == 16 else _CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
     )

@@ -1,0 +1,383 @@
+"""The W4A16 kernel for hundreds of tokens and more on Hopper: bound by tensor cores.
+
+As `w4a16_wide`, but a program has 256 rows of weights, so that x is read half as often: with 128 the L2 cache
+is what one waits for. Each of two warpgroups has two halves of 64 rows and works on one while the tensor
+cores work on the other. There are no registers left for the sum of a group beside that of all groups, so the
+sum is kept in units of the current group's scale: before a group's product is added, it is multiplied by the
+previous scale and divided by the new one, in fp32, and the weights are never rounded here either.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .w4a16_gluon import (
+    barrier,
+    launch_dependents,
+    operand_32,
+    operand_64,
+    quarter_layout,
+    split_words,
+    wait_for_previous,
+    words_layout,
+    zero_constants,
+)
+from .w4a16_wide import _load_tile, _produce, _store_rows
+
+_CONSUMER_REGISTERS = gl.constexpr(240)
+_PRODUCER_REGISTERS = gl.constexpr(24)
+_ROW_TILES_TOGETHER = gl.constexpr(8)
+_UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split"]
+# A group with a smaller scale adds nothing that an fp32 sum would notice, and nobody can divide by 0.
+_SMALLEST_SCALE = gl.constexpr(2.0**-96)
+
+
+@gluon.jit
+def _change_unit(b_acc, b_unit, b_scales, part: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr):
+    """The sum in units of the scale of a part's group, and that scale; nothing to do within a group."""
+    if GROUPS > 0 and part * GROUPS % PARTS == 0:
+        b_scale = b_scales[part * GROUPS // PARTS].to(gl.float32)
+        b_scale = gl.where(gl.abs(b_scale) < _SMALLEST_SCALE, b_unit, b_scale)
+        # Rounded correctly: a bias of the quick division would add up over hundreds of groups.
+        b_acc *= gl.expand_dims(gl.div_rn(b_unit, b_scale), 1)
+        b_unit = b_scale
+    return b_acc, b_unit
+
+
+@gluon.jit
+def _operand(
+    b_words,
+    b_scales,
+    b_zeros,
+    part: gl.constexpr,
+    PARTS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    A: gl.constexpr,
+    dtype: gl.constexpr,
+):
+    """q - z of one part of a tile's inputs; zeros where the scale is as good as 0."""
+    QUARTER: gl.constexpr = quarter_layout(64, 4)
+    i_group: gl.constexpr = part * GROUPS // PARTS
+    b_quarters = split_words(b_words)
+    if HAS_ZERO:
+        b_zero = b_zeros[i_group].to(gl.int32)
+    else:
+        b_zero = gl.full((64,), 8, gl.int32, layout=gl.SliceLayout(1, QUARTER))
+    b_constants = zero_constants(b_zero, dtype)
+    if PARTS == 4:
+        b_q = gl.convert_layout(b_quarters[part], QUARTER)
+        if GROUPS > 0:
+            b_q = _without_tiny(b_q, b_scales[i_group], b_zero)
+        return operand_32(b_q, b_constants, dtype, A)
+    else:
+        b_q = gl.convert_layout(b_quarters[2 * part], QUARTER)
+        b_next = gl.convert_layout(b_quarters[2 * part + 1], QUARTER)
+        if GROUPS > 0:
+            b_q = _without_tiny(b_q, b_scales[i_group], b_zero)
+            b_next = _without_tiny(b_next, b_scales[i_group], b_zero)
+        return operand_64(b_q, b_next, b_constants, dtype, A)
+
+
+@gluon.jit
+def _without_tiny(b_q, b_scale, b_z):
+    """Words whose nibbles all are z where the scale is as good as 0."""
+    b_scale = gl.convert_layout(b_scale.to(gl.float32), gl.SliceLayout(1, b_q.type.layout))
+    m = gl.expand_dims(gl.abs(b_scale) < _SMALLEST_SCALE, 1)
+    m, b_q = gl.broadcast(m, b_q)
+    b_z, b_q = gl.broadcast(gl.expand_dims(b_z * 0x11111111, 1), b_q)
+    return gl.where(m, b_z, b_q)
+
+
+@gluon.jit
+def _consume(
+    i_warpgroup,
+    p_tiles,
+    p_scale,
+    p_zero,
+    p_bias,
+    p_out,
+    p_partials,
+    p_arrived,
+    s_x,
+    s_full,
+    s_empty,
+    M,
+    N,
+    k_tiles,
+    s_group,
+    i_n,
+    i_m,
+    i_tile,
+    i_k,
+    first,
+    count,
+    SPLIT_K: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """One warpgroup's 128 rows."""
+    SLOTS: gl.constexpr = s_x.shape[0]
+    BM: gl.constexpr = s_x.shape[1]
+    dtype: gl.constexpr = s_x.dtype
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    WORDS: gl.constexpr = words_layout(64, 4)
+    QUARTER: gl.constexpr = quarter_layout(64, 4)
+    ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
+    HAS_ZERO: gl.constexpr = p_zero is not None
+    PARTS: gl.constexpr = 4 if GROUPS == 4 else 2
+    WIDTH: gl.constexpr = 128 // PARTS
+
+    o_words = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, WORDS)) * 16, 1)
+    o_words += gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, WORDS)), 0)
+    first_n = i_n * 256 + i_warpgroup * 128
+    # Rows beyond N are read from the last tile and never written.
+    last = N // 64 - 1
+    i_block = first_n // 64
+    p_tiles += first.to(gl.int64) * 1024
+    p_tiles_0 = p_tiles + gl.minimum(i_block, last).to(gl.int64) * (k_tiles * 1024)
+    p_tiles_1 = p_tiles + gl.minimum(i_block + 1, last).to(gl.int64) * (k_tiles * 1024)
+    o_scale = first_n + gl.arange(0, 64, layout=ROWS)
+    o_zero = first_n + gl.arange(0, 64, layout=gl.SliceLayout(1, QUARTER))
+    o_scale_0 = gl.minimum(o_scale, N - 1)
+    o_scale_1 = gl.minimum(o_scale + 64, N - 1)
+    o_zero_0 = gl.minimum(o_zero, N - 1)
+    o_zero_1 = gl.minimum(o_zero + 64, N - 1)
+
+    b_words_0, b_scales_0, b_zeros_0 = _load_tile(
+        p_tiles_0,
+        o_words,
+        p_scale,
+        o_scale_0,
+        p_zero,
+        o_zero_0,
+        first,
+        gl.to_tensor(0),
+        count,
+        s_group,
+        GROUPS,
+        "",
+    )
+    b_words_1, b_scales_1, b_zeros_1 = _load_tile(
+        p_tiles_1,
+        o_words,
+        p_scale,
+        o_scale_1,
+        p_zero,
+        o_zero_1,
+        first,
+        gl.to_tensor(0),
+        count,
+        s_group,
+        GROUPS,
+        "",
+    )
+    if GROUPS == 0:
+        if HAS_ZERO:
+            b_zeros_0 = (gl.load(p_zero + o_zero_0),)
+            b_zeros_1 = (gl.load(p_zero + o_zero_1),)
+    b_sum_0 = gl.zeros((64, BM), gl.float32, layout=ACC)
+    b_sum_1 = gl.zeros((64, BM), gl.float32, layout=ACC)
+    b_unit_0 = gl.full((64,), 1.0, gl.float32, layout=ROWS)
+    b_unit_1 = gl.full((64,), 1.0, gl.float32, layout=ROWS)
+    b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS)
+    b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS)
+    b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+    for i in range(count):
+        # At any time the product of one half runs while the sum and the operand of the other are made ready.
+        # None runs at the end of a turn: the assembler would not follow it around the loop.
+        slot = i % SLOTS
+        x = s_x.index(slot)
+        b_next_0, b_next_scales_0, b_next_zeros_0 = _load_tile(
+            p_tiles_0, o_words, p_scale, o_scale_0, p_zero, o_zero_0, first, i + 1, count, s_group, GROUPS, ""
+        )
+        b_next_1, b_next_scales_1, b_next_zeros_1 = _load_tile(
+            p_tiles_1, o_words, p_scale, o_scale_1, p_zero, o_zero_1, first, i + 1, count, s_group, GROUPS, ""
+        )
+        mbarrier.wait(s_full.index(slot), (i // SLOTS) & 1)
+        b_x = x.slice(0, WIDTH, dim=1).permute((1, 0))
+        b_acc_0 = warpgroup_mma(b_a_0, b_x, b_sum_0, is_async=True)
+        b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+        b_acc_1 = warpgroup_mma(b_a_1, b_x, b_sum_1, is_async=True)
+        for part in gl.static_range(1, PARTS):
+            b_x = x.slice(part * WIDTH, WIDTH, dim=1).permute((1, 0))
+            b_sum_0, b_a_0 = warpgroup_mma_wait(1, deps=(b_acc_0, b_a_0))
+            b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, part, PARTS, GROUPS)
+            b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, part, PARTS, GROUPS, HAS_ZERO, A, dtype)
+            b_acc_0 = warpgroup_mma(b_a_0, b_x, b_sum_0, is_async=True)
+            b_sum_1, b_a_1 = warpgroup_mma_wait(1, deps=(b_acc_1, b_a_1))
+            b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, part, PARTS, GROUPS)
+            b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, part, PARTS, GROUPS, HAS_ZERO, A, dtype)
+            b_acc_1 = warpgroup_mma(b_a_1, b_x, b_sum_1, is_async=True)
+        b_words_0, b_words_1 = b_next_0, b_next_1
+        if GROUPS > 0:
+            b_scales_0, b_scales_1 = b_next_scales_0, b_next_scales_1
+            if HAS_ZERO:
+                b_zeros_0, b_zeros_1 = b_next_zeros_0, b_next_zeros_1
+        b_sum_0, b_a_0 = warpgroup_mma_wait(1, deps=(b_acc_0, b_a_0))
+        b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS)
+        b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+        b_sum_1, b_a_1 = warpgroup_mma_wait(0, deps=(b_acc_1, b_a_1))
+        b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS)
+        mbarrier.arrive(s_empty.index(slot), count=1)
+
+    if GROUPS == 0:
+        b_unit_0 = gl.load(p_scale + o_scale_0).to(gl.float32)
+        b_unit_1 = gl.load(p_scale + o_scale_1).to(gl.float32)
+    b_sum_0 *= gl.expand_dims(b_unit_0, 1)
+    b_sum_1 *= gl.expand_dims(b_unit_1, 1)
+    wait_for_previous()
+    if SPLIT_K > 1:
+        i_tile = i_tile * 4 + i_warpgroup * 2
+        _store_sum(
+            b_sum_0, first_n, i_m * BM, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K
+        )
+        first_n += 64
+        i_tile += 1
+        _store_sum(
+            b_sum_1, first_n, i_m * BM, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K
+        )
+    else:
+        _store_rows(b_sum_0, first_n, i_m * BM, p_bias, p_out, M, N)
+        _store_rows(b_sum_1, first_n + 64, i_m * BM, p_bias, p_out, M, N)
+
+
+@gluon.jit
+def _store_sum(
+    b_sum, first_n, first_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
+):
+    """As `w4a16_gluon.store_sum`, but 32 bytes a thread: addresses of all elements would fill registers."""
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    o_n = first_n + gl.arange(0, b_sum.shape[0], layout=gl.SliceLayout(1, OUT))
+    o_m = first_m + gl.arange(0, b_sum.shape[1], layout=gl.SliceLayout(0, OUT))
+    o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)
+    m_out = gl.expand_dims(o_n < N, 1) & gl.expand_dims(o_m < M, 0)
+    size = M.to(gl.int64) * N
+    gl.store(p_partials + i_k * size + o_out, gl.convert_layout(b_sum, OUT), mask=m_out)
+    barrier()
+    is_last = gl.atomic_add(p_arrived + i_tile, 1, sem="acq_rel") == SPLIT_K - 1
+    barrier()
+    if is_last:
+        b_total = gl.zeros(b_sum.shape, gl.float32, layout=OUT)
+        for i in gl.static_range(SPLIT_K):
+            b_total += gl.load(p_partials + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
+        gl.store(p_arrived + i_tile, 0)
+        if p_bias is not None:
+            b_bias = gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)
+            b_total += gl.expand_dims(b_bias, 1)
+        gl.store(p_out + o_out, b_total.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+def prefill_kernel(
+    d_x,
+    p_tiles,
+    p_scale,
+    p_zero,
+    p_bias,
+    p_out,
+    p_partials,
+    p_arrived,
+    M,
+    N,
+    k_tiles,
+    n_tiles,
+    m_tiles,
+    tiles_per_split,
+    s_group,
+    BM: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """out [M, N] = x W^T + bias.
+
+    d_x: TMA descriptor of x [M, K], blocks of [BM, 128]. The other tensors are those of `wide_kernel`, with
+    arrived [m_tiles n_tiles 4]. Grid (m_tiles n_tiles, SPLIT_K), m_tiles = ceil(M/BM), n_tiles = ceil(N/256);
+    a program takes tiles_per_split tiles of K.
+    """
+    launch_dependents()
+    i_program = gl.program_id(0)
+    block = _ROW_TILES_TOGETHER * m_tiles
+    first_n = i_program // block * _ROW_TILES_TOGETHER
+    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
+    i_n = first_n + i_program % block % height
+    i_m = i_program % block // height
+    i_tile = i_m * n_tiles + i_n
+    i_k = gl.program_id(1)
+    first = i_k * tiles_per_split
+    count = gl.minimum(k_tiles - first, tiles_per_split)
+
+    s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
+    s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    s_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(s_full.index(slot), count=1)
+        mbarrier.init(s_empty.index(slot), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    0,
+                    p_tiles,
+                    p_scale,
+                    p_zero,
+                    p_bias,
+                    p_out,
+                    p_partials,
+                    p_arrived,
+                    s_x,
+                    s_full,
+                    s_empty,
+                    M,
+                    N,
+                    k_tiles,
+                    s_group,
+                    i_n,
+                    i_m,
+                    i_tile,
+                    i_k,
+                    first,
+                    count,
+                    SPLIT_K,
+                    GROUPS,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1,
+                    p_tiles,
+                    p_scale,
+                    p_zero,
+                    p_bias,
+                    p_out,
+                    p_partials,
+                    p_arrived,
+                    s_x,
+                    s_full,
+                    s_empty,
+                    M,
+                    N,
+                    k_tiles,
+                    s_group,
+                    i_n,
+                    i_m,
+                    i_tile,
+                    i_k,
+                    first,
+                    count,
+                    SPLIT_K,
+                    GROUPS,
+                ),
+            ),
+            (_produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
+        ],
+        [4, 1],
+        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+    )
