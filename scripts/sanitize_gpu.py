@@ -6,8 +6,9 @@ Each check script has a `--sanitize` mode that launches the variants of its kern
 first, side by side, because compiling under compute-sanitizer takes many times as long.
 
 racecheck does not follow how Triton hands work to the partitions of a warp-specialized kernel (a number in
-shared memory, between barriers) and reports it as a race. The control is a kernel with two partitions that
-share nothing: what is reported for it too, is Triton's.
+shared memory, between barriers) and reports it as a race. The control is a kernel with partitions that share
+nothing but values they were given: what is reported for it too, is Triton's. With `--only`, the results of
+other scripts that the JSON file has are kept.
 """
 
 import json
@@ -45,16 +46,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 @gluon.jit
-def store(p_out, value):
+def store(p_out, value, i, first, count):
     o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.store(p_out + value * 128 + o, o)
+    for j in range(count):
+        gl.store(p_out + ((i * 2 + value) * 4 + first + j) * 128 + o, o)
 
 @gluon.jit
-def control_kernel(p_out):
-    gl.warp_specialize([(store, (p_out, 0)), (store, (p_out, 1))], [4], [64])
+def control_kernel(p_out, total):
+    i = gl.program_id(0)
+    first = i % 2
+    count = gl.minimum(total - first, 3)
+    gl.warp_specialize(
+        [(store, (p_out, 0, i, first, count)), (store, (p_out, 1, i, first, count))], [4], [64]
+    )
 
-out = torch.zeros(256, dtype=torch.int32, device="cuda")
-control_kernel[(1,)](out, num_warps=4)
+out = torch.zeros(3 * 2 * 4 * 128, dtype=torch.int32, device="cuda")
+control_kernel[(3,)](out, 4, num_warps=4)
 torch.cuda.synchronize()
 print("sanitize: control ran")
 """
@@ -70,13 +77,17 @@ def run(command: list[str], seconds: int) -> tuple[str, float]:
     return output, round(time.perf_counter() - start, 1)
 
 
-def check(script: Path, options: list[str], tool: str, seconds: int) -> dict[str, Any]:
+def check(
+    script: Path, options: list[str], tool: str, seconds: int, log_folder: Path | None
+) -> dict[str, Any]:
     """What a tool says: its number of errors or hazards, and between which lines of which kernels."""
     output, spent = run(
         [str(shutil.which("compute-sanitizer")), "--tool", tool, sys.executable, str(script), *options],
         seconds,
     )
     summary = re.search(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", output)
+    if log_folder is not None:
+        (log_folder / f"{script.stem}_{tool}.log").write_text(output)
     accesses = re.findall(r"access at (\w+?)\+0x\w+ in (\w+\.py):(\d+)", output)
     return {
         "completed": "sanitize:" in output and summary is not None,
@@ -90,6 +101,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Scripts; default all.")] = None,
     tool: Annotated[list[str] | None, typer.Option(help="memcheck, racecheck; default both.")] = None,
     seconds: Annotated[int, typer.Option(help="Limit for one run.")] = 240,
+    log_folder: Annotated[Path | None, typer.Option("--logs", help="For all that the tools print.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
@@ -108,12 +120,12 @@ def main(
             if "sanitize:" not in output:
                 print(f"{name} fails without compute-sanitizer:\n{output[-2000:]}")
         running = {
-            (name, one): pool.submit(check, script, options, one, seconds)
+            (name, one): pool.submit(check, script, options, one, seconds, log_folder)
             for one in tool or TOOLS
             for name, (script, options) in jobs.items()
         }
         results = {f"{name} {one}": future.result() for (name, one), future in running.items()}
-    report = {
+    report: dict[str, Any] = {
         "command": "python scripts/sanitize_gpu.py",
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
@@ -126,6 +138,8 @@ def main(
         "results": results,
     }
     if json_file is not None:
+        if only and json_file.is_file():
+            report["results"] = json.loads(json_file.read_text())["results"] | results
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
     for name, result in results.items():
