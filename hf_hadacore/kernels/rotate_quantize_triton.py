@@ -9,7 +9,7 @@ Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ 
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,97 +18,14 @@ import triton.language as tl
 
 from ..hadamard_matrices import hadamard_matrix
 from .launcher import has_pdl, run
+from .rotate_quantize_schedules import HOPPER_MEMORY, Schedule, choose
+from .rotate_quantize_tiles import half_of, magnitude, matrices, product, to_8_bits, turn
 from .w4a16_launch import processors_of
 
 # Heads that are longer do not fit into one tile.
 MAX_HEAD_SIZE = 256
 # Whatever the tokens of one tile can be grouped by.
 MAX_BLOCK_SIZE = 128
-# Adding 1.5 * 2^23 to a number leaves the nearest integer, ties to even, in its lowest bits.
-_ROUND_TO_INTEGER = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _half_of(p, I_HALF: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Half of a vector ``[D]``, as fp32 ``[PADDED]`` with zeros behind."""
-    o = tl.arange(0, PADDED)
-    return tl.load(p + I_HALF * (D // 2) + o, mask=o < D // 2, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _matrices(p_matrix, p_sign, D: tl.constexpr, PADDED: tl.constexpr):
-    """What `_matrix_on` gives: how each half of x, signs included, goes into the first and the second sum."""
-    o = tl.arange(0, PADDED)
-    p = p_matrix + o[:, None] * PADDED + o[None, :]
-    b_low = tl.load(p)
-    b_low_2, b_high, b_high_2 = b_low, b_low, b_low
-    if D & (D - 1):
-        PART: tl.constexpr = PADDED * PADDED
-        b_low_2, b_high, b_high_2 = tl.load(p + PART), tl.load(p + 2 * PART), tl.load(p + 3 * PART)
-    if p_sign is not None:
-        b_sign = _half_of(p_sign, 0, D, PADDED).to(b_low.dtype)[:, None]
-        b_low, b_low_2 = b_low * b_sign, b_low_2 * b_sign
-        b_sign = _half_of(p_sign, 1, D, PADDED).to(b_low.dtype)[:, None]
-        b_high, b_high_2 = b_high * b_sign, b_high_2 * b_sign
-    return b_low, b_low_2, b_high, b_high_2
-
-
-@triton.jit
-def _product(b_x, b_matrix, b_sum, SPLIT: tl.constexpr):
-    """x @ matrix + sum in fp32: [T, K] @ [K, N] -> [T, N].
-
-    To SPLIT means that fp32 values become two bf16 terms; the first is cut off, which is exact and cheap.
-    """
-    if SPLIT:
-        b_x = b_x.to(tl.float32)
-        b_first = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        b_sum = tl.dot(b_first.to(b_matrix.dtype), b_matrix, b_sum)
-        b_x = b_x - b_first
-    return tl.dot(b_x.to(b_matrix.dtype), b_matrix, b_sum)
-
-
-@triton.jit
-def _turn(b_x, b_cos, b_y, b_sin, MINUS: tl.constexpr):
-    """x * cos + y * sin, or - y * sin.
-
-    bf16 takes two elements an instruction, and rounds x * cos and the sum.
-    """
-    if b_x.dtype == tl.bfloat16 and b_cos.dtype == tl.bfloat16:
-        # -0 leaves the sign of a product as it is.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 zero, sine, product;
-            mov.b32 zero, 0x80008000;
-            """
-            + ("neg.bf16x2 sine, $4;" if MINUS else "mov.b32 sine, $4;")
-            + """
-            fma.rn.bf16x2 product, $1, $2, zero;
-            fma.rn.bf16x2 $0, $3, sine, product;
-            }""",
-            "=r,r,r,r,r",
-            [b_x, b_cos, b_y, b_sin],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        b_sin = b_sin.to(tl.float32)
-        if MINUS:
-            b_sin = -b_sin
-        return b_x.to(tl.float32) * b_cos.to(tl.float32) + b_y.to(tl.float32) * b_sin
-
-
-@triton.jit
-def _magnitude(b):
-    """Bits of |b|, which order as the values do and put NaN above infinity."""
-    return b.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _to_8_bits(b, dtype: tl.constexpr):
-    if dtype == tl.int8:
-        return (b + _ROUND_TO_INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
-    return b.to(dtype)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_of_program", "tokens", "heads", "token_tiles", "scales"])
@@ -165,7 +82,7 @@ def _rotate_quantize_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if ROTATE and STAGES > 1:
-        b_matrices = _matrices(p_matrix, p_sign, D, PADDED)
+        b_matrices = matrices(p_matrix, p_sign, D, PADDED)
     i_start = tl.zeros((), tl.int64)
     if p_position is not None:
         i_start += tl.load(p_position)
@@ -203,31 +120,31 @@ def _rotate_quantize_kernel(
                 b_sin_high = tl.load(p_sin + o_c + HALF, mask=m, other=0.0)
         if ROTATE and STAGES == 1:
             # While x is on its way.
-            b_matrices = _matrices(p_matrix, p_sign, D, PADDED)
+            b_matrices = matrices(p_matrix, p_sign, D, PADDED)
         if p_cos is not None:
-            b_first = _turn(b_low, b_cos_low, b_high, b_sin_low, True)
-            b_high = _turn(b_high, b_cos_high, b_low, b_sin_high, False)
+            b_first = turn(b_low, b_cos_low, b_high, b_sin_low, True)
+            b_high = turn(b_high, b_cos_high, b_low, b_sin_high, False)
             b_low = b_first
         if p_offset is not None:
             p_head = p_offset + i_b * s_ob + i_h * D
-            b_low = b_low.to(tl.float32) - _half_of(p_head, 0, D, PADDED)[None, :]
-            b_high = b_high.to(tl.float32) - _half_of(p_head, 1, D, PADDED)[None, :]
+            b_low = b_low.to(tl.float32) - half_of(p_head, 0, D, PADDED)[None, :]
+            b_high = b_high.to(tl.float32) - half_of(p_head, 1, D, PADDED)[None, :]
         if ROTATE:
             b_zero = tl.zeros((TILE, PADDED), tl.float32)
-            b_from_low = _product(b_low, b_matrices[0], b_zero, SPLIT)
+            b_from_low = product(b_low, b_matrices[0], b_zero, SPLIT)
             if D & (D - 1):
-                b_from_low_2 = _product(b_low, b_matrices[1], b_zero, SPLIT)
-                b_low = _product(b_high, b_matrices[2], b_from_low, SPLIT)
-                b_high = _product(b_high, b_matrices[3], b_from_low_2, SPLIT)
+                b_from_low_2 = product(b_low, b_matrices[1], b_zero, SPLIT)
+                b_low = product(b_high, b_matrices[2], b_from_low, SPLIT)
+                b_high = product(b_high, b_matrices[3], b_from_low_2, SPLIT)
             else:
-                b_from_high = _product(b_high, b_matrices[2], b_zero, SPLIT)
+                b_from_high = product(b_high, b_matrices[2], b_zero, SPLIT)
                 b_low = b_from_low + b_from_high
                 b_high = b_from_low - b_from_high
 
         if GROUP == 0 and p_values is not None:
             b_maximum = tl.load(p_maximum + i_head)
         else:
-            b_maximum = tl.max(tl.maximum(_magnitude(b_low), _magnitude(b_high)), axis=1)
+            b_maximum = tl.max(tl.maximum(magnitude(b_low), magnitude(b_high)), axis=1)
             if GROUP != 1:
                 # Beyond the last token the offset alone is left.
                 b_maximum = tl.where(m_t, b_maximum, 0)
@@ -263,8 +180,8 @@ def _rotate_quantize_kernel(
             if TRANSPOSE:
                 b_inverse = tl.where(m_t[:, None], b_inverse, 0.0)
             dtype: tl.constexpr = p_values.dtype.element_ty
-            b_low = _to_8_bits(b_low.to(tl.float32) * b_inverse, dtype)
-            b_high = _to_8_bits(b_high.to(tl.float32) * b_inverse, dtype)
+            b_low = to_8_bits(b_low.to(tl.float32) * b_inverse, dtype)
+            b_high = to_8_bits(b_high.to(tl.float32) * b_inverse, dtype)
             p_out = p_values + i_head * (capacity * D)
             if TRANSPOSE:
                 o = (p_out + i_to) + (o_d[:, None].to(tl.int64) * capacity + o_t[None, :])
@@ -276,44 +193,6 @@ def _rotate_quantize_kernel(
                 m = m_to[:, None] & m_d[None, :]
                 tl.store(o, b_low, mask=m)
                 tl.store(o + HALF, b_high, mask=m)
-
-
-class Schedule(NamedTuple):
-    """How the work is cut.
-
-    Attributes:
-        tile: rows of a tile, at least the tokens that share a scale.
-        num_warps: of a program.
-        stages: 1 gives every tile its own program. With more, programs go through several tiles, of which so
-            many are on their way from memory or worked on.
-        programs: of a processor, if stages is more than 1.
-        heads: of a tile at most, where they share cos and sin.
-        registers: of a thread at most, if that lets one more program into a processor.
-    """
-
-    tile: int
-    num_warps: int
-    stages: int = 1
-    programs: int = 0
-    heads: int = 4
-    registers: int | None = None
-
-
-def choose(d: int, dtype: torch.dtype, *, rotate: bool, has_rope: bool) -> Schedule:
-    """The schedule for heads of d elements.
-
-    Args:
-        d: at most `MAX_HEAD_SIZE`.
-        dtype: of x.
-        rotate: whether there are products.
-        has_rope: whether cos and sin are read too.
-    """
-    if not rotate:
-        return Schedule(64, 8)
-    is_large = dtype == torch.float32 or has_rope
-    if d > 128:
-        return Schedule(64, 8, 2, 1 if is_large else 2)
-    return Schedule(64 if is_large else 128, 4)
 
 
 def launch(
@@ -358,7 +237,14 @@ def launch(
     if x.stride(3) != 1:
         x = x.contiguous()
     if schedule is None:
-        schedule = choose(d, x.dtype, rotate=rotate, has_rope=cos is not None)
+        schedule = choose(
+            d,
+            x.dtype,
+            group=group,
+            rotate=rotate,
+            angles=0 if cos is None else cos.shape[2],
+            has_large_memory=_has_large_memory(x.device),
+        )
     tile = max(schedule.tile, group)
     heads_of_tile = 1
     if cos is not None and group and not transpose and offset is None:
@@ -430,6 +316,14 @@ _OPTIONS: dict[bool, dict[str, Any]] = {
 def _processors(device: torch.device) -> int:
     # Two are enough for the interpreter to give every program several tiles.
     return processors_of(device.index or 0) if device.type == "cuda" else 2
+
+
+@cache
+def _has_large_memory(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"] >= HOPPER_MEMORY
 
 
 def _term(x: torch.Tensor, is_wide: bool) -> tuple[torch.dtype, bool]:
