@@ -52,12 +52,13 @@ OTHERS = (
     28672,
     29568,
 )
-# Sizes that show what other dtypes cost.
-BRIEF = (128, 1024, 4096, 8192, 32768, 14336)
+# Sizes that show what other dtypes cost, and sizes that also transform a lot.
+BRIEF = (1024, 8192, 14336)
+LARGE = (1024, 8192, 32768, 14336)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HOT_ELEMENTS = 1 << 20
 COLD_ELEMENTS = 1 << 25
-COUNTS = (HOT_ELEMENTS, COLD_ELEMENTS, 1 << 27)
+LARGE_ELEMENTS = 1 << 27
 # Larger matrices make no sense dense.
 MAX_DENSE = 1024
 _HOT_CALLS = 20
@@ -131,8 +132,8 @@ def queue_time(calls: list[Callable[[], object]]) -> float:
 
 
 def copy_time(calls: list[Callable[[], object]]) -> float:
-    """Of one of some calls of `copy`; the first graph of a run has been wrong by a factor of 3."""
-    return min(*(graph_time(calls, _REPEATS) for _ in range(2)), queue_time(calls))
+    """Of one of some calls of `copy`."""
+    return min(graph_time(calls, _REPEATS), queue_time(calls))
 
 
 def compile_and_check(job: tuple[int, str, Schedule]) -> float:
@@ -145,29 +146,29 @@ def compile_and_check(job: tuple[int, str, Schedule]) -> float:
     tiles = 5 * processors_of(0) if isinstance(schedule, schedules.HopperSchedule) else 2
     x = random_rows(n, n * (tiles * schedule.rows + 1), DTYPES[dtype])
     y = torch.full_like(x, float("nan"))
-    try:
-        ours(n, schedule)(x, y)
-        return in_floors(y, exact_transform(x, n) * n**-0.5)
-    except Exception as error:
-        print(f"{n} {schedule}: {type(error).__name__}: {str(error)[:200]}")
-        return float("inf")
+    ours(n, schedule)(x, y)
+    return in_floors(y, exact_transform(x, n) * n**-0.5)
 
 
 def tune(sizes: list[int], dtype: str, bandwidth: float) -> list[dict[str, Any]]:
     """Every schedule's error and times."""
-    jobs = []
+    jobs: list[tuple[int, str, Schedule]] = []
     for n in sizes:
         steps = schedules.steps_of(hadamard_factors(n))
-        chosen = [
+        chosen: list[Schedule] = [
             schedules.choose(steps.heads, steps.column_bits, dtype == "fp32", is_small)
             for is_small in (False, True)
         ]
-        found = [
+        found: list[Schedule] = [
             *schedules.hopper_candidates(steps.heads, steps.column_bits)[: _HOPPER_CANDIDATES * (n >= 4096)],
             *schedules.candidates(steps.heads, steps.column_bits),
         ]
         jobs += [(n, dtype, each) for each in dict.fromkeys(chosen + found)]
-    errors = list(in_processes(compile_and_check, jobs))
+    errors = in_processes(compile_and_check, jobs)
+    for job, error in zip(jobs, errors, strict=True):
+        if isinstance(error, Exception):
+            print(f"{job}: {error}")
+    errors = [float("inf") if isinstance(error, Exception) else error for error in errors]
     results = []
     copies = {n: copy_times(n, dtype) for n in sizes}
     for (n, _, each), error in zip(jobs, errors, strict=True):
@@ -201,7 +202,7 @@ def label(schedule: Schedule) -> str:
     text = f"{schedule.matrix}*2^{schedule.column_bits} r{schedule.rows}"
     if isinstance(schedule, schedules.HopperSchedule):
         return f"{text} hopper{schedule.matrix_rows} {schedule.residents}x{schedule.stages}"
-    return f"{text} w{schedule.num_warps}" + (f" streams {schedule.streams}" if schedule.streams else "")
+    return f"{text} w{schedule.num_warps}"
 
 
 def print_best(results: list[dict[str, Any]]) -> None:
@@ -219,11 +220,10 @@ def print_best(results: list[dict[str, Any]]) -> None:
         print(f"{n} ({len(timed)}, {wrong} wrong): " + " | ".join(cells))
 
 
-def compile_ahead(job: tuple[int, str]) -> None:
-    n, dtype = job
-    for elements in (HOT_ELEMENTS, COLD_ELEMENTS):
-        x = random_rows(n, elements, DTYPES[dtype])
-        ours(n)(x, torch.empty_like(x))
+def compile_ahead(job: tuple[int, str, int]) -> None:
+    n, dtype, elements = job
+    x = random_rows(n, elements, DTYPES[dtype])
+    ours(n)(x, torch.empty_like(x))
     torch.cuda.synchronize()
 
 
@@ -231,7 +231,7 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
     """One size and count, everybody."""
     x = random_rows(n, elements, DTYPES[dtype])
     transforms = {"ours": ours(n)}
-    if elements in (HOT_ELEMENTS, COLD_ELEMENTS):
+    if elements < LARGE_ELEMENTS:
         if n <= MAX_DENSE:
             transforms["dense"] = dense(n, DTYPES[dtype])
         if n & (n - 1) == 0:
@@ -245,6 +245,7 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
         row["hot_us"]["copy"] = round(copy_time(hot_calls(copy, x)), 2)
         for name, transform in transforms.items():
             row["hot_us"][name] = round(graph_time(hot_calls(transform, x), _REPEATS), 2)
+    if elements < LARGE_ELEMENTS:
         y = torch.full_like(x, float("nan"))
         transforms["ours"](x, y)
         row["error_in_floors"] = round(in_floors(y, exact_transform(x, n) * n**-0.5), 4)
@@ -263,7 +264,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
             if row["hot_us"]:
                 hot = {name: us / row["hot_us"]["copy"] for name, us in row["hot_us"].items()}
                 text += " hot " + " ".join(f"{name} {ratio:.2f}" for name, ratio in hot.items())
-                text += f" of {row['hot_us']['copy']}, error {row['error_in_floors']:.3f}"
+                text += f" of {row['hot_us']['copy']}"
+            if "error_in_floors" in row:
+                text += f", error {row['error_in_floors']:.3f}"
         print(text)
 
 
@@ -272,14 +275,13 @@ def main(
     dtypes: Annotated[
         str, typer.Option(help="bf16, fp16, fp32; all but the first briefly.")
     ] = "bf16,fp16,fp32",
-    counts: Annotated[str, typer.Option(help="Numbers of elements.")] = ",".join(map(str, COUNTS)),
     tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules (first dtype).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     all_sizes, all_dtypes = list(map(int, sizes.split(","))), dtypes.split(",")
-    command = f"python scripts/benchmark_hadamard.py --sizes {sizes} --dtypes {dtypes} --counts {counts}"
+    command = f"python scripts/benchmark_hadamard.py --sizes {sizes} --dtypes {dtypes}"
     bandwidth = copy_bandwidth()
     report = about_this_run(command + " --tune" * tune_only)
     report["copy_bandwidth_tb_per_s"] = round(bandwidth / 1e12, 3)
@@ -287,10 +289,19 @@ def main(
         report["schedules"] = tune(all_sizes, all_dtypes[0], bandwidth)
         print_best(report["schedules"])
     else:
-        problems = [(n, all_dtypes[0], count) for n in all_sizes for count in map(int, counts.split(","))]
-        problems += [(n, dtype, COLD_ELEMENTS) for n in BRIEF for dtype in all_dtypes[1:] if n in all_sizes]
-        list(in_processes(compile_ahead, list(dict.fromkeys((n, dtype) for n, dtype, _ in problems))[::-1]))
-        report["rows"] = [measure(*problem, bandwidth) for problem in problems]
+        first, *others = all_dtypes
+        problems = [(n, first, count) for n in all_sizes for count in (HOT_ELEMENTS, COLD_ELEMENTS)]
+        problems += [(n, first, LARGE_ELEMENTS) for n in LARGE if n in all_sizes]
+        problems += [(n, dtype, COLD_ELEMENTS) for n in BRIEF for dtype in others if n in all_sizes]
+        failed = in_processes(compile_ahead, problems)
+        # The first graph of a run has been wrong by a factor of 3.
+        copy_times(all_sizes[0], first)
+        report["rows"] = []
+        for problem, error in zip(problems, failed, strict=True):
+            if error is None:
+                report["rows"].append(measure(*problem, bandwidth))
+            else:
+                print(f"{problem}: {error}")
         print_rows(report["rows"])
     write_report(report, json_file)
 

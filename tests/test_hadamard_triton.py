@@ -1,6 +1,8 @@
 """The Hadamard kernels without a GPU: emulated for their results, compiled for what they become."""
 
 import re
+from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -10,10 +12,17 @@ from gluon_emulator import emulate
 from kernel_helpers import in_floors
 from offline import compile_for, resources
 
+from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels import hadamard_gluon, hadamard_hopper, hadamard_triton
 from hf_hadacore.kernels import hadamard_schedules as schedules
-from hf_hadacore.kernels.hadamard_layouts import permutation
+from hf_hadacore.kernels.hadamard_layouts import (
+    input_layout,
+    make_plan,
+    permutation,
+    result_layout,
+    tile_shape,
+)
 
 POWERS = (1, 2, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 OTHERS = (12, 24, 80, 96, 112, 192, 576, 768, 1152, 3072, 4864, 5120, 8960, 9216)
@@ -150,6 +159,65 @@ def test_rows_in_shared_memory(n, dtype):
         assert in_floors(y, exact) <= 1.01
 
 
+def test_hopper_where_measured_faster():
+    def chosen(n, is_small):
+        steps = schedules.steps_of(hadamard_factors(n))
+        found = schedules.choose_hopper(steps.heads, steps.column_bits, is_small)
+        return found and (found.rows, found.matrix_rows, found.residents, found.stages)
+
+    assert {n: chosen(n, False) for n in (32768, 28672, 11008, 18944, 13824, 8960)} == {
+        32768: (1, 128, 1, 3),
+        28672: (1, 128, 1, 3),
+        11008: (2, 64, 1, 3),
+        18944: (2, 64, 1, 2),
+        13824: (1, 128, 2, 3),
+        8960: (2, 64, 1, 4),
+    }
+    assert chosen(13824, True) == (1, 128, 1, 4)
+    for n in (128, 4096, 16384, 5120, 10240, 14336):
+        assert chosen(n, False) is None
+
+
+# Every kind of size: heads with few and many bits beside them, orders up to the largest, several passes.
+ORDERS = (1, 12, 20, 24, 28, 36, 44, 60, 76, 108, 132, 172, 252, 268, 344, 428, 668, 924, 1020)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_schedules_of_all_sizes_can_be_compiled(order):
+    """Layouts exist, and programs have at most 16 warps: compilers abort on more."""
+    sizes = [order << k for k in range(21) if order << k <= 1 << 20]
+    for n in sizes:
+        try:
+            steps = schedules.steps_of(hadamard_factors(n))
+        except UnsupportedError:
+            continue
+        for is_wide, is_small in product((False, True), repeat=2):
+            found = [schedules.choose(steps.heads, steps.column_bits, is_wide, is_small)]
+            if not is_wide:
+                found += schedules.candidates(steps.heads, steps.column_bits)
+            for each in found:
+                assert each.num_warps <= 16 and each.rows >= 1
+                assert each.matrix << each.column_bits == n // prod(steps.leading)
+                plan = make_plan(
+                    each.column_bits,
+                    each.rows.bit_length() - 1,
+                    each.num_warps.bit_length() - 1,
+                    "mixed" if each.is_mixed else "rows",
+                )
+                for layout, bits in ((input_layout(plan, 4), 4), (result_layout(plan), 4)):
+                    assert_covers(layout, tile_shape(plan, bits))
+
+
+def assert_covers(layout, shape):
+    """Every element of the shape is somewhere, once."""
+    bases = [tuple(basis) for basis in (*layout.reg_bases, *layout.lane_bases, *layout.warp_bases)]
+    assert sorted(bases) == sorted(
+        [(1 << j, 0) for j in range(shape[0].bit_length() - 1)]
+        + [(0, 1 << j) for j in range(shape[1].bit_length() - 1)]
+    )
+    assert len(layout.lane_bases) == 5
+
+
 def compile_rows(n: int, dtype: torch.dtype, has_sign: bool = False, capability: int = 90) -> dict:
     steps = schedules.steps_of(hadamard_factors(n))
     is_wide = dtype == torch.float32
@@ -198,10 +266,10 @@ def test_everything_stays_in_registers(tmp_path, n, dtype):
     assert ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("st.global"))
 
 
-@pytest.mark.parametrize("n", [16384, 32768, 11008, 18944, 14336, 10240])
+@pytest.mark.parametrize("n", [32768, 11008, 18944, 13824, 28672])
 def test_rows_in_shared_memory_compile(tmp_path, n):
     steps = schedules.steps_of(hadamard_factors(n))
-    schedule = schedules.choose_hopper(steps.heads, steps.column_bits)
+    schedule = schedules.choose_hopper(steps.heads, steps.column_bits, is_small=False)
     for dtype, has_sign in ((torch.float16, False), (torch.bfloat16, True)):
         arguments = dict(
             p_x=dtype,
@@ -229,6 +297,13 @@ def test_rows_in_shared_memory_compile(tmp_path, n):
         assert "cp.async.ca" not in ptx and not re.search(r"@%p\d+ cp\.async[^;]*, %r\d+;", ptx)
         assert re.search(r"st\.global[.\w:]*\.v2\.b32", ptx)
         assert ("ld.shared" in ptx) == has_sign
+
+
+@pytest.mark.parametrize("n", [24576, 28672])
+def test_longest_fp32_rows_compile(n):
+    """The compiler aborts if 32 warps share them."""
+    asm = compile_rows(n, torch.float32)
+    assert "mma.sync.aligned.m16n8k16" in asm["ptx"] and ".reqntid 512" in asm["ptx"]
 
 
 @pytest.mark.parametrize("n", [256, 8192, 14336])

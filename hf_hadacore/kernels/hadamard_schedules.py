@@ -12,6 +12,10 @@ from ..hadamard_matrices import hadamard_matrix
 MAX_ROW = 1 << 15
 # A larger matrix takes more arithmetic than a pass over memory has time for.
 MAX_MATRIX = 256
+# The rows of H_m up to which programs of `hadamard_gluon` keep up with memory.
+_LIGHT_MATRIX = 32
+# Of a program; more of them would have too few registers each.
+_MAX_WARPS = 16
 # Of a Hopper processor, for all its programs; the system takes 1024 more for each.
 _SHARED_BYTES = 226 << 10
 # Fewer elements than this do not fill a GPU for long.
@@ -45,8 +49,6 @@ class Schedule(NamedTuple):
         is_mixed: the matrix index is made of low bits (see `hadamard_layouts.Plan`); for powers of two from
             256 on, with m = 16.
         is_unrolled: the loop over 16 rows of H_m is unrolled.
-        streams: programs that a processor runs at the same time, each transforming one tile of rows after the
-            other while it loads the next (`hadamard_streamed`, mixed only); 0 for a program a tile.
     """
 
     matrix: int
@@ -55,7 +57,6 @@ class Schedule(NamedTuple):
     num_warps: int
     is_mixed: bool
     is_unrolled: bool
-    streams: int = 0
 
 
 class HopperSchedule(NamedTuple):
@@ -143,22 +144,31 @@ def choose(heads: tuple[int, ...], column_bits: int, is_wide: bool, is_small: bo
     if not heads and c >= 8:
         columns = 128 if c >= 14 and not is_wide else 64
         min_warps = 1 if is_small else 8 if c <= 10 else 4 if is_wide else 1
-        streams = {14: 4, 15: 1}.get(c, 0) if not is_small and not is_wide else 0
-        return schedule(16, c - 4, columns, min_warps, is_mixed=True, streams=streams)
+        return schedule(16, c - 4, columns, min_warps, is_mixed=True)
     if not heads:
         m, c = max(1, 1 << c >> 3), min(c, 3)
     elif c == _PRODUCT_BITS:
         m, c = 2 * m, 3
-    is_light = m <= 32
-    return schedule(m, c, 64 if is_light and not is_wide else 32, 4 if is_light else 2, is_unrolled=is_light)
+    is_light = m <= _LIGHT_MATRIX
+    columns = 64 if not is_wide and (m <= 16 or (is_light and c > 3)) else 32
+    return schedule(m, c, columns, 4 if is_light else 2, is_unrolled=is_light)
 
 
 @cache
-def choose_hopper(heads: tuple[int, ...], column_bits: int) -> HopperSchedule | None:
-    """The schedule for many rows of 16-bit elements, or None where `choose` has a better one."""
-    if prod(heads) << column_bits < (1 << 12 if heads else 1 << 14):
+def choose_hopper(heads: tuple[int, ...], column_bits: int, is_small: bool) -> HopperSchedule | None:
+    """The schedule for rows of 16-bit elements, as measured on an H100; None where `choose` has a better one.
+
+    Args:
+        heads, column_bits: as in `Steps`.
+        is_small: as for `choose`.
+    """
+    m, n = prod(heads), prod(heads) << column_bits
+    if n < 1 << 12 or (m <= _LIGHT_MATRIX and (n <= 1 << 14 or (is_small and not heads))):
         return None
-    return next(iter(hopper_candidates(heads, column_bits)), None)
+    found = hopper_candidates(heads, column_bits)
+    if is_small:
+        found.sort(key=lambda each: (each.residents, each.rows))
+    return found[0] if found else None
 
 
 def hopper_candidates(heads: tuple[int, ...], column_bits: int) -> list[HopperSchedule]:
@@ -173,12 +183,14 @@ def hopper_candidates(heads: tuple[int, ...], column_bits: int) -> list[HopperSc
     ]
     # The last one of equal ones has the most stages.
     fitting = {each._replace(stages=0): each for each in found if _fits_hopper(each)}
-    # Little arithmetic; programs that compute while others wait; long products, which read H_m less often.
+    # Little arithmetic; programs that compute while others wait; rows on their way beside the next ones; long
+    # products, which read H_m less often.
     return sorted(
         fitting.values(),
         key=lambda each: (
             round(each.cycles, 1),
             -each.residents,
+            each.stages < 3,
             -(each.rows << each.column_bits) * each.matrix_rows,
             each.cycles,
         ),
@@ -209,18 +221,18 @@ def schedule(
     min_warps: int,
     is_mixed: bool = False,
     is_unrolled: bool = True,
-    streams: int = 0,
 ) -> Schedule:
     """A schedule by the number of columns of a warp: rows of a program as many as its warps have room for.
 
     Args:
         m, c: as in `Schedule`.
-        columns: of a warp, of one or several rows; at least 16.
+        columns: of a warp, of one or several rows; at least 16. More where warps would be too many.
         min_warps: more are taken where one row needs more.
-        is_mixed, is_unrolled, streams: as in `Schedule`.
+        is_mixed, is_unrolled: as in `Schedule`.
     """
+    columns = max(columns, (1 << c) // _MAX_WARPS)
     num_warps = max(min_warps, (1 << c) // columns)
-    return Schedule(m, c, (num_warps * columns) >> c, num_warps, is_mixed, is_unrolled, streams)
+    return Schedule(m, c, (num_warps * columns) >> c, num_warps, is_mixed, is_unrolled)
 
 
 def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
@@ -238,14 +250,10 @@ def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
         elif c == _PRODUCT_BITS:
             m, c = 2 * m, 3
         found = [
-            schedule(m, c, columns, min_warps, is_unrolled=m <= 32)
+            schedule(m, c, columns, min_warps, is_unrolled=m <= _LIGHT_MATRIX)
             for columns in (32, 64)
             # A thread's share of x and of one tile of the result must fit its registers.
             if (m + 47) // 16 * columns <= 640
             for min_warps in (2, 4)
         ]
-    return [
-        each
-        for each in dict.fromkeys(found)
-        if each.num_warps <= 16 and (each.column_bits > 3 or each.rows >= 16)
-    ]
+    return [each for each in dict.fromkeys(found) if each.column_bits > 3 or each.rows >= 16]

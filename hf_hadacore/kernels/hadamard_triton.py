@@ -85,22 +85,20 @@ def _transform_rows(
 ) -> None:
     from .hadamard_gluon import rows_kernel
     from .hadamard_hopper import hopper_kernel
-    from .hadamard_streamed import streamed_kernel
 
     rows = x.shape[0]
     terms, later_terms = _terms(x, out)
     unit = _unit(x.stride(0), out.stride(0))
     is_aligned = unit == 8 and (x.data_ptr() | out.data_ptr()) % 16 == 0
     is_small = x.numel() <= schedules.SMALL
-    if schedule is None and is_aligned and not is_small and terms == 1 and _is_hopper(x.device):
-        schedule = schedules.choose_hopper(steps.heads, steps.column_bits)
+    if schedule is None and is_aligned and terms == 1 and _is_hopper(x.device):
+        schedule = schedules.choose_hopper(steps.heads, steps.column_bits, is_small)
     if schedule is None:
         schedule = schedules.choose(steps.heads, steps.column_bits, x.dtype == torch.float32, is_small)
     orders = (*steps.heads, schedule.matrix // prod(steps.heads))
     sizes = (rows, x.stride(0) // unit, out.stride(0) // unit, scale)
     programs = -(-rows // schedule.rows)
     m, c = schedule.matrix, schedule.column_bits
-    constants: tuple[int, ...]
     if isinstance(schedule, schedules.HopperSchedule):
         matrix = _padded_matrix(orders, schedule.matrix_rows, transpose, x.dtype, x.device)
         constants = (m, c, schedule.rows, schedule.matrix_rows, schedule.stages)
@@ -108,14 +106,15 @@ def _transform_rows(
         _run(hopper_kernel, (x, out, matrix, sign), sizes, constants, programs, _HOPPER_WARPS)
         return
     matrix = _packed_matrix(orders, schedule.is_mixed, transpose, x.dtype, x.device)
-    tensors = (x, out, matrix, sign)
-    if schedule.streams and is_aligned:
-        programs = min(programs, schedule.streams * processors_of(x.device.index or 0))
-        constants = (m.bit_length() - 1, c, schedule.rows, terms, later_terms)
-        _run(streamed_kernel, tensors, sizes, constants, programs, schedule.num_warps)
-    else:
-        constants = (m, c, schedule.rows, schedule.is_mixed, terms, later_terms, unit, schedule.is_unrolled)
-        _run(rows_kernel, tensors, sizes, constants, programs, schedule.num_warps)
+    options = (schedule.is_mixed, terms, later_terms, unit, schedule.is_unrolled)
+    _run(
+        rows_kernel,
+        (x, out, matrix, sign),
+        sizes,
+        (m, c, schedule.rows, *options),
+        programs,
+        schedule.num_warps,
+    )
 
 
 def _transform_columns(
