@@ -59,7 +59,7 @@ def w4a16(axes: Any, result: dict[str, Any]) -> None:
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in result["rows"]))
     cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}
     kernels = {
-        "ours_bf16": ("hf_hadacore", "C3"),
+        "ours_fp16": ("hf_hadacore", "C3"),
         "humming_fp16": ("Humming", "C0"),
         "tinygemm_bf16": ("tinygemm", "C2"),
         "cublas_bf16": ("cuBLAS, bf16 weights", "0.6"),

@@ -90,7 +90,7 @@ def w4a16_speed() -> str:
     )
     peers = sorted({name for row in result["rows"] for name in row["us"] if not _is_ours(name)})
     notes = (
-        f"bf16. Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s. Peers: {', '.join(peers)}. "
+        f"Ours in fp16. Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s. Peers: {', '.join(peers)}. "
         f"Our largest error: {worst:.2f} floors. {source(result)}"
     )
     return f"{skinny}\n\n{wide}\n\n{notes}"
@@ -101,13 +101,13 @@ def _is_ours(name: str) -> bool:
 
 
 def _beside_peers(row: dict[str, Any]) -> str:
-    ours = row["us"]["ours_bf16"]
+    ours = row["us"]["ours_fp16"]
     best = min(us for name, us in row["us"].items() if not _is_ours(name))
     return f"{ours:.1f}, {row['floor_us'] / ours:.0%}, {best / ours:.2f}x"
 
 
 def _beside_cublas(row: dict[str, Any]) -> str:
-    ours = row["us"]["ours_bf16"]
+    ours = row["us"]["ours_fp16"]
     return f"{ours:.0f}, {row['us']['cublas_bf16'] / ours:.2f}x"
 
 
@@ -227,4 +227,25 @@ def decode_attention() -> str:
     )
     header = ["one token, 32 query and 8 KV heads of 128", "ours", "PyTorch's SDPA", "memory alone"]
     note = f"{cases['cases']} random problems, largest error: {errors}."
+    return f"{table(header, rows)}\n\n{note} {source(result)}"
+
+
+@block
+def hadamard_speed() -> str:
+    result = read_results("hadamard_tune")
+    rows = []
+    for n in sorted({row["n"] for row in result["schedules"]}):
+        timed = [row for row in result["schedules"] if row["n"] == n and "cold_us" in row]
+        best = min(timed, key=lambda row: row["cold_us"])
+        hot = min(row["times_copy_hot"] for row in timed)
+        rows.append([n, f"{best['cold_us']:.1f} µs", f"{best['share_of_copy']:.2f}", f"{hot:.2f}"])
+    checked = read_results("check_hadamard")
+    cases = checked["random_cases"]
+    errors = ", ".join(
+        f"{name.removeprefix('torch.')} {worst['error_in_floors']:.3f} floors"
+        for name, worst in cases["worst"].items()
+        if name != "torch.float32"
+    )
+    header = ["n, bf16", "2^25 elements, cold", "speed of a copy", "2^20 elements, hot: times a copy's time"]
+    note = f"Largest errors in a run of {cases['cases']} random cases: {errors}."
     return f"{table(header, rows)}\n\n{note} {source(result)}"
