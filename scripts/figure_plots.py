@@ -52,6 +52,22 @@ def write_plot(name: str) -> None:
     plt.close(figure)
 
 
+@plot("hadamard_tune")
+def hadamard(axes: Any, result: dict[str, Any]) -> None:
+    """The speed of the Hadamard transform by size, of that of a copy."""
+    best: dict[int, float] = {}
+    for row in result["schedules"]:
+        if "share_of_copy" in row:
+            best[row["n"]] = max(best.get(row["n"], 0), row["share_of_copy"])
+    sizes = sorted(best)
+    colors = ["C3" if n & (n - 1) == 0 else "C1" for n in sizes]
+    axes.bar(range(len(sizes)), [best[n] for n in sizes], color=colors)
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set_xticks(range(len(sizes)), [str(n) for n in sizes], fontsize=8, rotation=45)
+    axes.set_xlabel("n (red: powers of two)")
+    axes.set_ylabel("speed of a copy of the same tensors")
+
+
 @plot("w4a16")
 def w4a16(axes: Any, result: dict[str, Any]) -> None:
     """The share of the memory floor at few tokens, ours and every peer's, over the matrices."""
