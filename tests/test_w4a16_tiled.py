@@ -120,7 +120,9 @@ def test_wrong_arguments_are_named():
 @settings(deadline=None, max_examples=300)
 def test_every_schedule_can_run(m, row_tiles, k_tiles, processors):
     n, k = 64 * row_tiles, 128 * k_tiles
-    for schedule in (schedules.choose(m, n, k, "none", processors), *schedules.candidates(m, n, k)):
+    fine = schedules.choose(m, n, k, "none", processors, is_plain=False)
+    assert isinstance(fine, schedules.SkinnySchedule) == (m <= schedules.MAX_SKINNY_TOKENS)
+    for schedule in (fine, schedules.choose(m, n, k, "none", processors), *schedules.candidates(m, n, k)):
         split = -(-k_tiles // schedule.tiles)
         assert 1 <= split <= 64
         assert (split - 1) * schedule.tiles < k_tiles, "a program without work"

@@ -166,7 +166,7 @@ def compile_ahead(products: Iterable[Product], tokens: Iterable[int], device: to
                 empty(n, dtype=dtype) if has_bias else None,
                 group_size,
                 empty(m, n, dtype=dtype),
-                schedules.choose(m, n, k, "sm90", processors),
+                schedules.choose(m, n, k, "sm90", processors, GROUPS_PER_TILE[group_size] < 2),
             )
 
 

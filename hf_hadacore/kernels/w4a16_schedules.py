@@ -84,7 +84,7 @@ def bucket(m: int) -> int:
     return next((tokens for tokens in _TOKEN_BUCKETS if tokens >= m), _TOKEN_BUCKETS[-1])
 
 
-def choose(m: int, n: int, k: int, arch: str, processors: int) -> Schedule:
+def choose(m: int, n: int, k: int, arch: str, processors: int, is_plain: bool = True) -> Schedule:
     """The schedule for a product, from the table or by the rule.
 
     Args:
@@ -92,9 +92,14 @@ def choose(m: int, n: int, k: int, arch: str, processors: int) -> Schedule:
         n, k: outputs and inputs, multiples of 64 and 128.
         arch: of the GPU, e.g. "sm90".
         processors: streaming multiprocessors of the GPU.
+        is_plain: whether groups have at least 128 inputs and there is no `input_perm`. Else two programs of
+            the wide kernel would not fit a processor's registers, or x would have to be permuted first.
     """
     known = _table().get(f"{arch} {n}x{k} {bucket(m)}")
-    return known if known is not None else _choose_by_rule(bucket(m), n, k // 128, processors)
+    schedule = known if known is not None else _choose_by_rule(bucket(m), n, k // 128, processors)
+    if not is_plain and m <= MAX_SKINNY_TOKENS and not isinstance(schedule, SkinnySchedule):
+        return choose_skinny(bucket(m), n, k // 128, processors)
+    return schedule
 
 
 def candidates(m: int, n: int, k: int) -> list[Schedule]:
