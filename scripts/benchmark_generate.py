@@ -9,23 +9,19 @@ are bf16 and int4 weights, each with transformers' dynamic cache ("eager") and w
 
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
-import triton
 import typer
+from gpu_report import about_this_run
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.generation import disable_cuda_graphs, enable_cuda_graphs
 from hf_hadacore.quantizer import HadaCoreHfQuantizer
@@ -227,16 +223,10 @@ def main(
                 print(f"{one} batch {size}: {results[one][f'batch_{size}']}", flush=True)
         del model
     report = {
-        "command": f"python scripts/benchmark_generate.py --layers {layers} --new-tokens {new_tokens}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run(
+            f"python scripts/benchmark_generate.py --layers {layers} --new-tokens {new_tokens}",
+            "transformers",
+        ),
         "model": f"Llama-3-8B shapes, {layers} layers, random weights",
         "prompt_tokens": PROMPT,
         "results": results,

@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from check_hadamard_gpu import about_this_run, exact_transform, in_floors, in_processes, write_report
+from check_hadamard_gpu import exact_transform, in_floors, in_processes
+from gpu_report import about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels import hadamard_schedules as schedules

@@ -11,24 +11,20 @@ The second table re-creates that of SplitK W4A16 (arXiv:2402.00025) with the por
 schedule with K split over programs against the one without, for square weights and few tokens.
 """
 
-import json
 import multiprocessing
 import os
-import platform
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import triton
 import typer
 from check_w4a16 import in_floors
+from gpu_report import about_this_run, write_report
 from w4a16_peers import GROUP, PEERS, Problem
 
-import hf_hadacore
 from hf_hadacore import int4
 from hf_hadacore.kernels import w4a16_triton
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
@@ -170,15 +166,9 @@ def main(
     for n, k in sizes:
         rows += measure_shape(n, k, counts, names, bandwidth, skipped)
     report: dict[str, Any] = {
-        "command": f"python scripts/benchmark_w4a16.py --shapes {shapes} --tokens {tokens} --peers {peers}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run(
+            f"python scripts/benchmark_w4a16.py --shapes {shapes} --tokens {tokens} --peers {peers}"
+        ),
         "group_size": GROUP,
         "symmetric": True,
         "copy_bandwidth_tb_per_s": round(bandwidth / 1e12, 3),
@@ -188,9 +178,7 @@ def main(
     if splits:
         report["split_k"] = measure_splits()
         report["split_k_gain"] = split_gains(report["split_k"])
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, json_file)
     print_table(rows)
     print(skipped, report.get("split_k_gain"))
 

@@ -13,7 +13,6 @@ shapes of Llama-3-8B: of attention alone, and behind the RoPE that writes the ca
 import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
@@ -21,16 +20,14 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import triton
 import typer
+from gpu_report import about_this_run, write_report
 
-import hf_hadacore
 from hf_hadacore.decode_attention import decode_attention_forward
 from hf_hadacore.kernels.decode_attention_triton import HEAD_DIMS, choose_splits, launch
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
@@ -382,15 +379,7 @@ def main(
     if splits_only:
         return time_splits()
     report: dict[str, Any] = {
-        "command": "python scripts/check_decode_attention_gpu.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/check_decode_attention_gpu.py"),
     }
     checks: dict[str, Callable[[], Any]] = {
         "random_cases": check_cases,
@@ -415,9 +404,7 @@ def main(
         failed.append("repeats")
     failed += [name for name in report if name.startswith(("beyond", "replays")) and report[name] is not True]
     report["failed"] = failed
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     print(json.dumps({key: value for key, value in report.items() if key != "times_us"}, indent=1))
     for row in report.get("times_us", []):
         print(*(f"{name} {value}" for name, value in row.items()), sep="  ")

@@ -15,27 +15,23 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import transformers
-import triton
 import typer
 from check_w4a16 import in_floors, random_weight
+from gpu_report import about_this_run, write_report
 from torch import nn
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import hf_hadacore
 from hf_hadacore import experts as experts_module
 from hf_hadacore import int4
 from hf_hadacore.experts import HadaCoreExperts, dequantize_experts, swap_experts
@@ -386,16 +382,7 @@ def main(
     # Whatever the module's default: this is the path to be checked.
     experts_module._MAX_GROUPED_SLOTS = GROUPED_SLOTS
     report: dict[str, Any] = {
-        "command": "python scripts/check_experts_gpu.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/check_experts_gpu.py", "transformers"),
         "products": check_products(),
         "layers": {
             "Qwen3-30B-A3B": check_layer(qwen_experts, SHAPES["Qwen3-30B-A3B"]),
@@ -405,9 +392,7 @@ def main(
     bandwidth = copy_bandwidth()
     report["copy_bandwidth_tb_per_s"] = round(bandwidth / 1e12, 3)
     report["decoding"] = measure_decoding(bandwidth)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     print(json.dumps(report, indent=1))
     checked, layers = report["products"], report["layers"].values()
     errors = [checked["worst_error_in_floors"], *checked["models_error_in_floors"].values()]

@@ -11,25 +11,22 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
-import triton
 import typer
+from gpu_report import about_this_run, write_report
 from transformers import DynamicCache, StaticCache
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.fusion import fuse, unfuse
 from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation, gated_activation_reference
@@ -418,16 +415,7 @@ def main(
     if sanitize_only:
         return sanitize()
     report: dict[str, Any] = {
-        "command": "python scripts/check_fusion_gpu.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/check_fusion_gpu.py", "transformers"),
     }
     checks: dict[str, Callable[[], Any]] = {
         "random_shapes": check_cases,
@@ -449,9 +437,7 @@ def main(
     if not all(right):
         failed.append("large tensors or overlapping launches")
     report["failed"] = failed
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
     for entry in report.get("times", []):
         print(*(f"{name} {value}" for name, value in entry.items()), sep="  ")

@@ -10,22 +10,19 @@ have. Every output is filled with NaN before the kernel runs.
 import json
 import multiprocessing
 import os
-import platform
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import triton
 import typer
+from gpu_report import about_this_run, write_report
 
-import hf_hadacore
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels.hadamard_schedules import SMALL, HopperSchedule, choose_hopper, steps_of
 from hf_hadacore.kernels.hadamard_triton import launch
@@ -313,26 +310,6 @@ def sanitize() -> None:
         assert y.isfinite().all(), n
     torch.cuda.synchronize()
     print("sanitize: every kernel ran")
-
-
-def about_this_run(command: str) -> dict[str, Any]:
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def write_report(report: dict[str, Any], json_file: Path | None) -> None:
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(

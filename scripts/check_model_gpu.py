@@ -7,22 +7,18 @@ full-precision checkpoint (16 GB at 32 layers) is written to a temporary folder 
 """
 
 import json
-import platform
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
-import triton
 import typer
 from benchmark_offline_memory import make_checkpoint
+from gpu_report import about_this_run, write_report
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 
 GIB = 2**30
@@ -102,24 +98,13 @@ def main(
         results["bf16"] |= {f"batch_16_{k}": v for k, v in step_time(model, 16).items()}
 
     report = {
-        "command": f"python scripts/check_model_gpu.py --layers {layers}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run(f"python scripts/check_model_gpu.py --layers {layers}", "transformers"),
         "model": f"Llama-3-8B shapes, {layers} layers, random weights",
         "reload_bit_identical": bit_identical,
         "results": results,
     }
     print(json.dumps(report, indent=2))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     if not bit_identical:
         raise SystemExit("the reloaded model gives other logits than the one that was saved")
 

@@ -12,21 +12,18 @@ inputs that rotate out of the L2 cache; the floor is the bytes read and written 
 import json
 import multiprocessing
 import os
-import platform
 import random
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import triton
 import typer
+from gpu_report import about_this_run, write_report
 
-import hf_hadacore
 from hf_hadacore.hadamard_matrices import hadamard_matrix
 from hf_hadacore.kernels import rotate_quantize_triton
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
@@ -548,15 +545,7 @@ def main(
     if tune_only:
         return tune()
     report: dict[str, Any] = {
-        "command": "python scripts/check_rotate_quantize_gpu.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/check_rotate_quantize_gpu.py"),
     }
     checks = {
         "nan_and_infinity_stay_visible": check_not_finite,
@@ -584,9 +573,7 @@ def main(
     right = [number for number, compilation in enumerate(compiled) if compilation.exception() is None]
     report["times"] = check_times(right)
     report["failed"] = failed
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
     for entry in report["times"]:
         print("{share_of_floor:.3f} of the floor, {us} us  {work}".format(**entry))

@@ -10,20 +10,17 @@ that rounding the exact result once would have. Every output is filled with NaN 
 import json
 import multiprocessing
 import os
-import platform
 import random
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import triton
 import typer
 from check_w4a16 import in_floors, random_weight
+from gpu_report import about_this_run, write_report
 
-import hf_hadacore
 from hf_hadacore import int4
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels import w4a16_schedules as schedules
@@ -232,24 +229,14 @@ def main(
     if sanitize_only:
         return sanitize()
     report: dict[str, Any] = {
-        "command": "python scripts/check_w4a16_tiled.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/check_w4a16_tiled.py"),
         "random_shapes": check_cases(),
         "repeats": check_repeats(),
         "bad_rows_stay_alone": check_bad_rows(),
         "beyond_2_31_elements": check_beyond_int32(),
     }
     print(json.dumps(report, indent=1))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, json_file)
     worst = [report["random_shapes"]["worst_error_in_floors"], *report["beyond_2_31_elements"].values()]
     if not (max(worst) <= 1.1 and report["repeats"]["bit_identical"]):
         raise SystemExit("the op is not right on this GPU")

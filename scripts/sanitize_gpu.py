@@ -13,7 +13,6 @@ other scripts that the JSON file has are kept.
 """
 
 import json
-import platform
 import re
 import shutil
 import subprocess
@@ -21,15 +20,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import triton
 import typer
-
-import hf_hadacore
+from gpu_report import about_this_run
 
 SCRIPTS = (
     "check_w4a16.py",
@@ -127,15 +123,7 @@ def main(
         }
         results = {f"{name} {one}": future.result() for (name, one), future in running.items()}
     report: dict[str, Any] = {
-        "command": "python scripts/sanitize_gpu.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **about_this_run("python scripts/sanitize_gpu.py"),
         "results": results,
     }
     if json_file is not None:

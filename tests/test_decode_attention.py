@@ -18,6 +18,7 @@ from hf_hadacore import decode_attention
 from hf_hadacore.decode_attention import decode_attention_forward
 from hf_hadacore.kernels import decode_attention_triton
 from hf_hadacore.kernels.decode_attention_triton import block_of, choose_splits, fits
+from hf_hadacore.kernels.launcher import power_of_2
 
 TESTS = Path(__file__).parent
 BF16 = torch.bfloat16
@@ -38,7 +39,6 @@ def test_interpreted():
 def arguments(
     dtype: torch.dtype, group: int, d: int, splits: int, mask: torch.dtype | None, length: Any
 ) -> dict[str, Any]:
-    power_of_2 = decode_attention_triton._power_of_2
     tile = power_of_2(group) * power_of_2(d)
     return dict(
         p_q=dtype,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import on_device, run
+from .launcher import on_device, power_of_2, run
 from .pointwise_triton import _prefetch
 from .w4a16_launch import arrival_counters, processors_of
 
@@ -233,10 +233,6 @@ def _decode_attention_kernel(
             )
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def block_of(head_dim: int) -> int:
     """Keys that a program takes at a time: 16 KiB, few enough for short buffers to be split."""
     return 64 if head_dim <= 128 else 32
@@ -349,7 +345,7 @@ def launch(
     if splits > 1:
         size = batch * heads * splits * (d + 2)
         partials = torch.empty(size, dtype=torch.float32, device=query.device)
-    group_block, d_block = _power_of_2(group), _power_of_2(d)
+    group_block, d_block = power_of_2(group), power_of_2(d)
     run(
         _decode_attention_kernel,
         (query, keys, values, mask, out, partials, arrived),
@@ -369,7 +365,7 @@ def launch(
             _MAX_GROUP,
             group_block,
             d_block,
-            min(_power_of_2(splits), max(1, _COMBINED // (group_block * d_block))),
+            min(power_of_2(splits), max(1, _COMBINED // (group_block * d_block))),
             has_pdl,
         ),
         (batch * kv_heads, splits, 1),

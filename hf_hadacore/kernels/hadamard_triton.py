@@ -11,7 +11,7 @@ import torch
 
 from ..hadamard_matrices import hadamard_matrix
 from . import hadamard_schedules as schedules
-from .launcher import run
+from .launcher import has_pdl, run
 from .w4a16_launch import processors_of
 
 # Intermediate results of sizes that take several passes stay in the L2 cache: rows are transformed in groups.
@@ -146,10 +146,10 @@ def _run(
     programs: int,
     num_warps: int,
 ) -> None:
-    has_pdl = _has_pdl(tensors[0].device) if tensors[0] is not None else False
+    pdl = has_pdl(tensors[0].device) if tensors[0] is not None else False
     # Triton's launcher for older GPUs does not know the option.
-    options: dict[str, Any] = {"launch_pdl": True} if has_pdl else {}
-    run(kernel, tensors, sizes, (*constants, has_pdl), (programs, 1, 1), num_warps=num_warps, **options)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    run(kernel, tensors, sizes, (*constants, pdl), (programs, 1, 1), num_warps=num_warps, **options)
 
 
 def _terms(x: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
@@ -171,11 +171,6 @@ def _has_kernel(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@cache
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

@@ -100,6 +100,11 @@ def has_pdl(device: torch.device) -> bool:
     )
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n: Triton's own takes longer than a launch should."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def goes_straight(x: torch.Tensor) -> bool:
     """Whether a CUDA op's implementation may be called as it is, because nobody watches the dispatcher.
 

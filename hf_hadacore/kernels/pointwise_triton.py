@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import has_pdl, run
+from .launcher import has_pdl, power_of_2, run
 
 # Rows that are longer do not fit into one program.
 MAX_NORM_SIZE = 65536
@@ -27,11 +27,6 @@ _OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"enable_fp_fusion": False},
     True: {"enable_fp_fusion": False, "launch_pdl": True},
 }
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n: Triton's own takes longer than a launch should."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @triton.jit
@@ -142,7 +137,7 @@ def rms_norm(
     n = x.shape[-1]
     rows = x.numel() // n
     x, inner, s_outer, s_inner = _as_rows(x)
-    block = _power_of_2(n)
+    block = power_of_2(n)
     per_program = max(1, 1024 // block)
     pdl = has_pdl(x.device)
     run(
@@ -413,9 +408,9 @@ def rope(
             q_heads,
             kv_heads,
             d,
-            _power_of_2(q_heads),
-            _power_of_2(kv_heads),
-            _power_of_2(d // 2),
+            power_of_2(q_heads),
+            power_of_2(kv_heads),
+            power_of_2(d // 2),
             weight_offset,
             round_before_weight,
             pdl,

@@ -26,12 +26,16 @@ from .w4a16_gluon import (
     words_layout,
     zero_constants,
 )
-from .w4a16_wide import _load_tile, _produce, _store_rows
+from .w4a16_wide import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    UNSPECIALIZED,
+    load_tile,
+    place_of_program,
+    produce,
+    store_rows,
+)
 
-_CONSUMER_REGISTERS = gl.constexpr(240)
-_PRODUCER_REGISTERS = gl.constexpr(24)
-_ROW_TILES_TOGETHER = gl.constexpr(8)
-_UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split"]
 # A group with a smaller scale adds nothing that an fp32 sum would notice, and nobody can divide by 0.
 _SMALLEST_SCALE = gl.constexpr(2.0**-96)
 
@@ -148,7 +152,7 @@ def _consume(
     o_zero_0 = gl.minimum(o_zero, N - 1)
     o_zero_1 = gl.minimum(o_zero + 64, N - 1)
 
-    b_words_0, b_scales_0, b_zeros_0 = _load_tile(
+    b_words_0, b_scales_0, b_zeros_0 = load_tile(
         p_tiles_0,
         o_words,
         p_scale,
@@ -162,7 +166,7 @@ def _consume(
         GROUPS,
         "",
     )
-    b_words_1, b_scales_1, b_zeros_1 = _load_tile(
+    b_words_1, b_scales_1, b_zeros_1 = load_tile(
         p_tiles_1,
         o_words,
         p_scale,
@@ -192,10 +196,10 @@ def _consume(
         # None runs at the end of a turn: the assembler would not follow it around the loop.
         slot = i % SLOTS
         x = s_x.index(slot)
-        b_next_0, b_next_scales_0, b_next_zeros_0 = _load_tile(
+        b_next_0, b_next_scales_0, b_next_zeros_0 = load_tile(
             p_tiles_0, o_words, p_scale, o_scale_0, p_zero, o_zero_0, first, i + 1, count, s_group, GROUPS, ""
         )
-        b_next_1, b_next_scales_1, b_next_zeros_1 = _load_tile(
+        b_next_1, b_next_scales_1, b_next_zeros_1 = load_tile(
             p_tiles_1, o_words, p_scale, o_scale_1, p_zero, o_zero_1, first, i + 1, count, s_group, GROUPS, ""
         )
         mbarrier.wait(s_full.index(slot), (i // SLOTS) & 1)
@@ -242,8 +246,8 @@ def _consume(
             b_sum_1, first_n, i_m * BM, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K
         )
     else:
-        _store_rows(b_sum_0, first_n, i_m * BM, p_bias, p_out, M, N)
-        _store_rows(b_sum_1, first_n + 64, i_m * BM, p_bias, p_out, M, N)
+        store_rows(b_sum_0, first_n, i_m * BM, p_bias, p_out, M, N)
+        store_rows(b_sum_1, first_n + 64, i_m * BM, p_bias, p_out, M, N)
 
 
 @gluon.jit
@@ -272,7 +276,7 @@ def _store_sum(
         gl.store(p_out + o_out, b_total.to(p_out.dtype.element_ty), mask=m_out)
 
 
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def prefill_kernel(
     d_x,
     p_tiles,
@@ -301,12 +305,7 @@ def prefill_kernel(
     a program takes tiles_per_split tiles of K.
     """
     launch_dependents()
-    i_program = gl.program_id(0)
-    block = _ROW_TILES_TOGETHER * m_tiles
-    first_n = i_program // block * _ROW_TILES_TOGETHER
-    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
-    i_n = first_n + i_program % block % height
-    i_m = i_program % block // height
+    i_n, i_m = place_of_program(n_tiles, m_tiles)
     i_tile = i_m * n_tiles + i_n
     i_k = gl.program_id(1)
     first = i_k * tiles_per_split
@@ -376,8 +375,8 @@ def prefill_kernel(
                     GROUPS,
                 ),
             ),
-            (_produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
+            (produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
         ],
         [4, 1],
-        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )

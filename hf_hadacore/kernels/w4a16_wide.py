@@ -31,14 +31,14 @@ from .w4a16_gluon import (
 
 # Of the two consumer warpgroups; with 24 for the producer's they fill the register file. Up to 16 tokens two
 # programs share it, which then are compiled with `TWO_PROGRAMS`.
-_CONSUMER_REGISTERS = gl.constexpr(240)
+CONSUMER_REGISTERS = gl.constexpr(240)
 _HALF_CONSUMER_REGISTERS = gl.constexpr(104)
-_PRODUCER_REGISTERS = gl.constexpr(24)
+PRODUCER_REGISTERS = gl.constexpr(24)
 TWO_PROGRAMS = {"maxnreg": 80}
 # Programs that run at the same time share weights and tokens in the L2 cache: blocks of this many row tiles
 # go through all tokens before the next block starts.
 _ROW_TILES_TOGETHER = gl.constexpr(8)
-_UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split"]
+UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split"]
 
 
 @gluon.jit
@@ -68,7 +68,7 @@ def _operands(
 
 
 @gluon.jit
-def _load_tile(
+def load_tile(
     p_tiles,
     o_words,
     p_scale,
@@ -173,7 +173,7 @@ def _consume(
     b_scales = ()
     b_zeros = ()
     for stage in gl.static_range(STAGES):
-        b_w, b_s, b_z = _load_tile(
+        b_w, b_s, b_z = load_tile(
             p_tiles,
             o_words,
             p_scale,
@@ -202,7 +202,7 @@ def _consume(
             zeros = b_row_zero if GROUPS == 0 else b_zeros[stage]
             b_operands = _operands(b_words[stage], zeros, GROUPS, HAS_ZERO, ACC, dtype)
             ahead = i + STAGES
-            b_w, b_s, b_z = _load_tile(
+            b_w, b_s, b_z = load_tile(
                 p_tiles,
                 o_words,
                 p_scale,
@@ -249,11 +249,11 @@ def _consume(
             SPLIT_K,
         )
     else:
-        _store_rows(b_acc, first_n, i_m * BM, p_bias, p_out, M, N)
+        store_rows(b_acc, first_n, i_m * BM, p_bias, p_out, M, N)
 
 
 @gluon.jit
-def _store_rows(b_acc, first_n, first_m, p_bias, p_out, M, N):
+def store_rows(b_acc, first_n, first_m, p_bias, p_out, M, N):
     """Store a tile of out [M, N] from its transpose, 16 bytes a thread along N."""
     ACC: gl.constexpr = b_acc.type.layout
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
@@ -268,7 +268,7 @@ def _store_rows(b_acc, first_n, first_m, p_bias, p_out, M, N):
 
 
 @gluon.jit
-def _produce(d_x, s_x, s_full, s_empty, first_m, first, count):
+def produce(d_x, s_x, s_full, s_empty, first_m, first, count):
     """Fetch tiles of x [BM, 128] into the ring."""
     SLOTS: gl.constexpr = s_x.shape[0]
     BYTES: gl.constexpr = s_x.shape[1] * 128 * 2
@@ -280,7 +280,17 @@ def _produce(d_x, s_x, s_full, s_empty, first_m, first, count):
         copy_block_to_shared(d_x, [first_m, (first + i) * 128], s_full.index(slot), s_x.index(slot))
 
 
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+@gluon.jit
+def place_of_program(n_tiles, m_tiles):
+    """The tile of rows and the tile of tokens of a program."""
+    i_program = gl.program_id(0)
+    block = _ROW_TILES_TOGETHER * m_tiles
+    first_n = i_program // block * _ROW_TILES_TOGETHER
+    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
+    return first_n + i_program % block % height, i_program % block // height
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def wide_kernel(
     d_x,
     p_tiles,
@@ -310,13 +320,8 @@ def wide_kernel(
     a program takes tiles_per_split tiles of K. STAGES tiles of weights are in flight.
     """
     launch_dependents()
-    i_program = gl.program_id(0)
     i_k = gl.program_id(1)
-    block = _ROW_TILES_TOGETHER * m_tiles
-    first_n = i_program // block * _ROW_TILES_TOGETHER
-    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
-    i_n = first_n + i_program % block % height
-    i_m = i_program % block // height
+    i_n, i_m = place_of_program(n_tiles, m_tiles)
     i_tile = i_m * n_tiles + i_n
     first = i_k * tiles_per_split
     count = gl.minimum(k_tiles - first, tiles_per_split)
@@ -387,8 +392,8 @@ def wide_kernel(
                     GROUPS,
                 ),
             ),
-            (_produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
+            (produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
         ],
         [4, 1],
-        [_HALF_CONSUMER_REGISTERS if BM == 16 else _CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+        [_HALF_CONSUMER_REGISTERS if BM == 16 else CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
