@@ -27,13 +27,8 @@ from gpu_report import about_this_run, write_report
 from hf_hadacore.hadamard_matrices import hadamard_matrix
 from hf_hadacore.kernels import rotate_quantize_triton
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
-from hf_hadacore.kernels.rotate_quantize import (
-    BLOCK_SIZES,
-    LARGEST,
-    SMALLEST_MAXIMUM,
-    rotate_quantize,
-    rotate_quantize_into_cache,
-)
+from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize, rotate_quantize_into_cache
+from hf_hadacore.kernels.rotate_quantize_checks import BLOCK_SIZES, LARGEST
 from hf_hadacore.kernels.rotate_quantize_triton import Schedule
 
 VARIANTS = 56
@@ -89,6 +84,7 @@ def worst_error(
     group: int,
     tolerance: float,
     norm: float = 1.0,
+    power_of_2: bool = False,
 ) -> float:
     """How far the worst value or scale is off, where 1 is what rounding may cost.
 
@@ -99,6 +95,7 @@ def worst_error(
         group: tokens of a scale; 0 for all of a head.
         tolerance: of what is rounded, relative to the largest magnitude.
         norm: of the rotation, which decides what counts as zero.
+        power_of_2: whether scales were rounded up to powers of two.
     """
     tokens = exact.shape[-2]
     if exact.numel() == 0:
@@ -106,7 +103,14 @@ def worst_error(
     size = group or tokens
     maxima = [part.abs().amax((-2, -1)) for part in exact.split(size, dim=-2)]
     expected = torch.stack(maxima, dim=-1).clamp(min=SMALLEST_MAXIMUM * norm) / LARGEST[values.dtype]
-    scale_error = ((scale.double().reshape(expected.shape) - expected).abs() / expected).max() / tolerance
+    scale = scale.double().reshape(expected.shape)
+    if power_of_2:
+        # Next to a power of two either that or the next one is right.
+        is_right = (scale >= expected * (1 - tolerance)) & (scale < 2 * expected * (1 + tolerance))
+        if not bool((is_right & (scale.frexp().mantissa == 0.5)).all()):
+            return float("inf")
+        expected = scale
+    scale_error = ((scale - expected).abs() / expected).max() / tolerance
     quotient = exact / expected.repeat_interleave(size, -1)[..., :tokens, None]
     step = torch.ones_like(quotient)
     if values.dtype in _FORMATS:
@@ -115,6 +119,11 @@ def worst_error(
     error = (values.double() - quotient).abs() / (step / 2 + 2 * tolerance * LARGEST[values.dtype])
     # A NaN is worse than anything.
     return float(torch.cat([scale_error.reshape(1), error.max().reshape(1)]).nan_to_num(torch.inf).max())
+
+
+def in_token_order(values: torch.Tensor) -> torch.Tensor:
+    """Undo `interleave`: ``[..., S16]``."""
+    return values.unflatten(-1, (values.shape[-1] // 16, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
 class Variant(NamedTuple):
@@ -133,10 +142,12 @@ class Variant(NamedTuple):
     heads: int
     layout: str
     is_aligned: bool
+    interleave: bool
+    power_of_2: bool
 
 
 def random_variant(draw: random.Random) -> Variant:
-    rotate = draw.random() < 0.8
+    rotate, transpose = draw.random() < 0.8, draw.random() < 0.4
     return Variant(
         draw.choice([*HEAD_SIZES, 128, 128, 64, 2, 16, 40]),
         draw.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
@@ -144,51 +155,44 @@ def random_variant(draw: random.Random) -> Variant:
         draw.choice(["token", "token", "block", "head"]),
         draw.choice(BLOCK_SIZES),
         rotate,
-        draw.random() < 0.3,
+        transpose,
         draw.random() < 0.3,
         draw.choice(["none", "none", "whole", "half"]),
         rotate and draw.random() < 0.2,
         draw.choice([1, 2, 3, 4, 8]),
         draw.choice(["contiguous", "tokens first", "tokens first", "fused", "every second", "odd"]),
         draw.random() < 0.7,
+        transpose and draw.random() < 0.6,
+        draw.random() < 0.3,
     )
 
 
-# What takes the most shared memory and registers.
-LARGEST_VARIANTS = [
-    Variant(
-        256,
-        torch.float32,
-        torch.float8_e4m3fn,
-        "token",
-        64,
-        True,
-        False,
-        True,
-        "whole",
-        True,
-        2,
-        "fused",
-        True,
-    ),
-    Variant(
-        256,
-        torch.bfloat16,
-        torch.int8,
-        "block",
-        128,
-        True,
-        False,
-        True,
-        "whole",
-        True,
-        4,
-        "tokens first",
-        True,
-    ),
-    Variant(
-        128, torch.bfloat16, torch.int8, "block", 64, True, False, False, "half", False, 8, "fused", True
-    ),
+_PLAIN = Variant(
+    d=128,
+    x_dtype=torch.bfloat16,
+    dtype=torch.float8_e4m3fn,
+    scale="token",
+    block_size=128,
+    rotate=True,
+    transpose=False,
+    has_offset=False,
+    rope="none",
+    has_sign=False,
+    heads=8,
+    layout="fused",
+    is_aligned=True,
+    interleave=False,
+    power_of_2=False,
+)
+_VALUES = _PLAIN._replace(rotate=False, transpose=True, interleave=True, power_of_2=True)
+NAMED_VARIANTS = [
+    # What takes the most shared memory and registers.
+    _PLAIN._replace(d=256, x_dtype=torch.float32, has_offset=True, rope="whole", has_sign=True),
+    _PLAIN._replace(d=256, dtype=torch.int8, scale="block", has_offset=True, rope="whole", has_sign=True),
+    _PLAIN._replace(dtype=torch.int8, scale="block", block_size=64, rope="half"),
+    # V of a first prefill, and into a cache.
+    _VALUES._replace(scale="block"),
+    _VALUES._replace(is_aligned=False),
 ]
 
 
@@ -246,14 +250,22 @@ def tolerance_of(x: torch.Tensor, front: dict[str, Any]) -> float:
 
 def run_case(draw: random.Random, variant: Variant, x: torch.Tensor, front: dict[str, Any]) -> float:
     options: dict[str, Any] = dict(dtype=variant.dtype, scale=variant.scale, block_size=variant.block_size)
-    values, scale = rotate_quantize(x, transpose=variant.transpose, **options, **front)
+    form: dict[str, Any] = dict(
+        transpose=variant.transpose, interleave=variant.interleave, power_of_2=variant.power_of_2
+    )
+    values, scale = rotate_quantize(x, **form, **options, **front)
     group = {"token": 1, "block": variant.block_size, "head": 0}[variant.scale]
     exact = exact_rotation(x, **front)
+    if variant.interleave:
+        assert values.is_contiguous() and values.shape[-1] % 16 == 0, "rows of interleaved values"
+        values = in_token_order(values)
+        assert not values[..., x.shape[2] :].view(torch.int8).any(), "zeros behind the last token"
+        values = values[..., : x.shape[2]]
     shown = values.mT if variant.transpose else values
     norm = variant.d**-0.5 if variant.rotate else 1.0
-    worst = worst_error(shown, scale, exact, group, tolerance_of(x, front), norm)
+    worst = worst_error(shown, scale, exact, group, tolerance_of(x, front), norm, variant.power_of_2)
     if variant.scale == "token":
-        check_cache(draw, variant, x, values, scale, front)
+        check_cache(draw, variant, x, shown, scale, front, form)
     return worst
 
 
@@ -264,23 +276,29 @@ def check_cache(
     values: torch.Tensor,
     scale: torch.Tensor,
     front: dict[str, Any],
+    form: dict[str, Any],
 ) -> None:
-    """The same values at their position in a cache, everything else as it was."""
+    """The same values ``[B, H, S, D]`` at their position in a cache, everything else as it was."""
     batch, heads, tokens, d = x.shape
     start = draw.choice([0, 5, 64])
     room = draw.choice([0, 0, 9, -1])
     capacity = max(start, start + tokens + room)
     if variant.is_aligned:
         capacity = -(-capacity // 16) * 16
-    shape = (batch, heads, d, capacity) if variant.transpose else (batch, heads, capacity, d)
+    columns = -(-capacity // 16) * 16 if variant.interleave else capacity
+    shape = (batch, heads, d, columns) if variant.transpose else (batch, heads, capacity, d)
     cache = torch.empty(shape, dtype=variant.dtype, device="cuda")
     before = cache.clone().view(torch.int8)
     scales = torch.empty(batch, heads, capacity, device="cuda")
     position = torch.tensor([start], device="cuda")
-    rotate_quantize_into_cache(x, cache, scales, position, transpose=variant.transpose, **front)
-    shown, before = (t.mT if variant.transpose else t for t in (cache.view(torch.int8), before))
+    rotate_quantize_into_cache(x, cache, scales, position, **form, **front)
+    shown = cache.view(torch.int8)
+    if variant.interleave:
+        shown, before = in_token_order(shown), in_token_order(before)
+    if variant.transpose:
+        shown, before = shown.mT, before.mT
     written = min(tokens, capacity - start)
-    new = (values.mT if variant.transpose else values).view(torch.int8)[:, :, :written]
+    new = values.view(torch.int8)[:, :, :written]
     assert torch.equal(shown[:, :, start : start + written], new), "cache and no cache"
     assert torch.equal(scales[:, :, start : start + written], scale[:, :, :written]), "scales in the cache"
     assert torch.equal(shown[:, :, :start], before[:, :, :start]), "written before the position"
@@ -294,7 +312,7 @@ def run_variant(number: int) -> tuple[float, str, int]:
     torch.manual_seed(number)
     # Fills whatever is allocated.
     torch.use_deterministic_algorithms(True)
-    variant = random_variant(draw) if number < VARIANTS else LARGEST_VARIANTS[number - VARIANTS]
+    variant = random_variant(draw) if number < VARIANTS else NAMED_VARIANTS[number - VARIANTS]
     worst, worst_case = -1.0, ""
     for case in range(CASES_OF_A_VARIANT):
         what = f"case {case} of variant {number}, {variant}"
@@ -556,7 +574,7 @@ def main(
         futures: dict[str, Future[bool]] = {name: pool.submit(check) for name, check in checks.items()}
         compiled = [pool.submit(compile_work, number) for number in range(len(works()))]
         report["random_cases"] = summary_of(
-            list(pool.map(run_variant, range(VARIANTS + len(LARGEST_VARIANTS))))
+            list(pool.map(run_variant, range(VARIANTS + len(NAMED_VARIANTS))))
         )
     failed = ["random_cases"] if report["random_cases"]["failed"] else []
     for name, future in futures.items():

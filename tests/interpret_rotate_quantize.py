@@ -5,14 +5,16 @@ fp32, and for 8-bit floats the kernel gives what it would cast.
 """
 
 import os
+from itertools import product
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from check_rotate_quantize_gpu import SUMS, exact_rotation, worst_error
+from check_rotate_quantize_gpu import SUMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels import rotate_quantize_triton
-from hf_hadacore.kernels.rotate_quantize import LARGEST, SMALLEST_MAXIMUM, rotate_quantize
+from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize
+from hf_hadacore.kernels.rotate_quantize_checks import LARGEST
 
 NAN = float("nan")
 
@@ -27,6 +29,8 @@ def run(
     group: int = 1,
     rotate: bool = True,
     transpose: bool = False,
+    interleave: bool = False,
+    power_of_2: bool = False,
     **front: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel makes of x, as ``[B, H, S, D]``; memory behind the last token must stay as it was."""
@@ -48,8 +52,11 @@ def run(
         smallest=SMALLEST_MAXIMUM,
         rotate=rotate,
         transpose=transpose,
+        interleave=interleave,
+        power_of_2=power_of_2,
         **front,
     )
+    values = in_token_order(values) if interleave else values
     values = values.mT if transpose else values
     behind = values[:, :, tokens:]
     if transpose:
@@ -65,9 +72,16 @@ def run(
 def check(x: torch.Tensor, dtype: torch.dtype = torch.int8, group: int = 1, **options) -> None:
     values, scale = run(x, dtype, group, **options)
     options.pop("transpose", None)
+    options.pop("interleave", None)
+    power_of_2 = options.pop("power_of_2", False)
     norm = x.shape[-1] ** -0.5 if options.get("rotate", True) else 1.0
     exact = exact_rotation(x, **options)
-    assert worst_error(values, scale, exact, group, SUMS, norm) <= 1, (x.shape, dtype, group, options.keys())
+    assert worst_error(values, scale, exact, group, SUMS, norm, power_of_2) <= 1, (
+        x.shape,
+        dtype,
+        group,
+        options.keys(),
+    )
 
 
 def check_sizes() -> None:
@@ -110,11 +124,22 @@ def check_front() -> None:
         check(x, dtype, rotate=False, offset=offset, **rope)
 
 
+def check_values_of_attention() -> None:
+    for number, (d, tokens) in enumerate(((128, 70), (64, 1), (80, 150), (256, 16))):
+        x = random(2, tokens, 3, d, seed=d).transpose(1, 2)
+        form = dict(transpose=True, interleave=True, power_of_2=True)
+        check(x, torch.float8_e4m3fn, group=(128, 1, 16, 0)[number], rotate=False, **form)
+        check(x, group=(1, 128, 0, 64)[number], **form)
+        check(x, torch.float8_e4m3fn, power_of_2=True)
+
+
 def check_extremes() -> None:
     zeros = torch.zeros(1, 2, 65, 64, dtype=torch.float16)
     for group in (0, 1, 64):
         values, scale = run(zeros, group=group)
         assert not values.any() and (scale == SMALLEST_MAXIMUM * 64**-0.5 / 127).all()
+        scale = run(zeros, group=group, power_of_2=True)[1]
+        assert (scale == SMALLEST_MAXIMUM * 64**-0.5 / 64).all()
     check(torch.full((1, 1, 3, 128), 65504.0, dtype=torch.float16))
     check(torch.full((1, 1, 3, 128), 6e-8, dtype=torch.float16), torch.float8_e4m3fn)
     outliers = random(1, 2, 65, 128)
@@ -123,8 +148,8 @@ def check_extremes() -> None:
     for bad in (NAN, float("inf")):
         x = random(1, 2, 65, 64)
         x[0, 1, 3, 7] = bad
-        for group in (0, 1, 64):
-            values, scale = run(x, group=group)
+        for group, power_of_2 in product((0, 1, 64), (False, True)):
+            values, scale = run(x, group=group, power_of_2=power_of_2)
             per_token = scale.reshape(1, 2, -1).repeat_interleave(group or 65, -1)[..., :65]
             wrong = ~(values * per_token[..., None]).isfinite()
             expected = torch.zeros_like(wrong)
@@ -134,10 +159,11 @@ def check_extremes() -> None:
 
 def check_cache() -> None:
     x = random(2, 2, 7, 64)
-    expected, expected_scale = rotate_quantize(x, dtype=torch.int8)
-    for start, written in ((0, 7), (4, 7), (18, 2)):
-        for transpose in (False, True):
-            values = torch.full((2, 2, 64, 20) if transpose else (2, 2, 20, 64), 99, dtype=torch.int8)
+    for power_of_2, (start, written) in product((False, True), ((0, 7), (4, 7), (18, 2))):
+        expected, expected_scale = rotate_quantize(x, dtype=torch.int8, power_of_2=power_of_2)
+        for transpose, interleave in ((False, False), (True, False), (True, True)):
+            shape = (2, 2, 64, 32 if interleave else 20) if transpose else (2, 2, 20, 64)
+            values = torch.full(shape, 99, dtype=torch.int8)
             scale = torch.full((2, 2, 20), NAN)
             rotate_quantize_triton.launch(
                 x,
@@ -148,8 +174,11 @@ def check_cache() -> None:
                 smallest=SMALLEST_MAXIMUM,
                 rotate=True,
                 transpose=transpose,
+                interleave=interleave,
+                power_of_2=power_of_2,
                 position=torch.tensor([start]),
             )
+            values = in_token_order(values) if interleave else values
             values = values.mT if transpose else values
             new = slice(start, start + written)
             assert torch.equal(values[:, :, new], expected[:, :, :written])
@@ -159,6 +188,13 @@ def check_cache() -> None:
 
 
 if __name__ == "__main__":
-    for part in (check_sizes, check_layouts, check_front, check_extremes, check_cache):
+    for part in (
+        check_sizes,
+        check_layouts,
+        check_front,
+        check_values_of_attention,
+        check_extremes,
+        check_cache,
+    ):
         part()
     print("interpreted rotate_quantize")

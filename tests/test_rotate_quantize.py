@@ -1,18 +1,16 @@
 """rotate_quantize on the CPU: what it computes, what it refuses, and that torch can trace it."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
-from check_rotate_quantize_gpu import SUMS, exact_rotation, worst_error
+from check_rotate_quantize_gpu import SUMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix
-from hf_hadacore.kernels.rotate_quantize import (
-    LARGEST,
-    SMALLEST_MAXIMUM,
-    rotate_quantize,
-    rotate_quantize_into_cache,
-)
+from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize, rotate_quantize_into_cache
+from hf_hadacore.kernels.rotate_quantize_checks import LARGEST
 
 X_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 GROUPS = {"token": 1, "block": 16, "head": 0}
@@ -100,6 +98,41 @@ def test_transposed_values_are_the_same_in_aligned_rows(dtype):
     assert torch.equal(values.mT.float(), expected.float()) and torch.equal(scale, same_scale)
 
 
+def test_interleaved_values():
+    """Column by column, from the definition."""
+    for tokens in (1, 15, 16, 40):
+        x = random(2, 3, tokens, 64)
+        expected, scale = rotate_quantize(x, dtype=torch.int8)
+        values, same_scale = rotate_quantize(x, dtype=torch.int8, transpose=True, interleave=True)
+        columns = -(-tokens // 16) * 16
+        assert values.shape == (2, 3, 64, columns) and values.is_contiguous()
+        assert torch.equal(scale, same_scale)
+        for token in range(columns):
+            e, t, p = token % 16 // 8, token % 8 // 2, token % 2
+            column = values[..., token // 16 * 16 + 4 * t + 2 * e + p]
+            assert torch.equal(column, expected[:, :, token]) if token < tokens else not column.any()
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("scale", GROUPS)
+def test_scales_that_are_powers_of_two(scale, dtype):
+    x = random(2, 37, 3, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for rotate in (True, False):
+        options = dict(dtype=dtype, scale=scale, block_size=16, rotate=rotate)
+        values, scales = rotate_quantize(x, power_of_2=True, **options)
+        assert torch.equal(scales, rotate_quantize(x, **options)[1].log2().ceil().exp2())
+        assert (
+            worst_error(values, scales, exact_rotation(x, rotate), GROUPS[scale], SUMS, power_of_2=True) <= 1
+        )
+
+
+def test_a_power_of_two_stays():
+    x = torch.tensor([448.0, -3.0])[None] * 2.0 ** torch.arange(-20, 20)[:, None]
+    values, scale = rotate_quantize(x, rotate=False, power_of_2=True)
+    assert torch.equal(scale, 2.0 ** torch.arange(-20, 20))
+    assert torch.equal(values.float() * scale[:, None], x)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_cache_is_written_at_the_position(dtype, transpose):
@@ -118,19 +151,34 @@ def test_cache_is_written_at_the_position(dtype, transpose):
         rotate_quantize_into_cache(x, values, scale, torch.tensor([8]), transpose=transpose, **front)
 
 
+def test_interleaved_cache():
+    x, tokens = random(2, 3, 11, 64), 40
+    expected, expected_scale = rotate_quantize(x, dtype=torch.int8, power_of_2=True, rotate=False)
+    for start in (0, 4, 16, 29):
+        values, scale = torch.full((2, 3, 64, 48), 99, dtype=torch.int8), torch.full((2, 3, tokens), 0.5)
+        options = dict(transpose=True, interleave=True, power_of_2=True, rotate=False)
+        rotate_quantize_into_cache(x, values, scale, torch.tensor([start]), **options)
+        shown, written = in_token_order(values).mT, torch.arange(start, start + 11)
+        assert torch.equal(shown[:, :, written], expected)
+        assert torch.equal(scale[:, :, written], expected_scale)
+        assert int((shown == 99).all(-1).sum()) == 6 * (48 - 11) and int((scale == 0.5).sum()) == 6 * 29
+
+
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("scale", GROUPS)
 def test_zeros_and_what_is_not_finite(scale, dtype):
     options = dict(dtype=dtype, scale=scale, block_size=16)
+    smallest = rotate_quantize(torch.zeros(1, 2, 20, 64), power_of_2=True, **options)[1]
+    assert (smallest.frexp().mantissa == 0.5).all() and (smallest < 2.0**-105).all()
     values, scales = rotate_quantize(torch.zeros(1, 2, 20, 64), **options)
     assert not values.float().any()
     assert torch.equal(scales, torch.full_like(scales, SMALLEST_MAXIMUM * 64**-0.5 / LARGEST[dtype]))
     tiny = torch.full((1, 2, 20, 64), 1e-40)
     assert rotate_quantize(tiny, **options)[0].float().isfinite().all()
-    for bad in (float("nan"), float("inf")):
+    for bad, power_of_2 in product((float("nan"), float("inf")), (False, True)):
         x = random(1, 2, 20, 64)
         x[0, 1, 3, 5] = bad
-        values, scales = rotate_quantize(x, **options)
+        values, scales = rotate_quantize(x, power_of_2=power_of_2, **options)
         per_token = scales.reshape(1, 2, -1).repeat_interleave(GROUPS[scale] or 20, -1)[..., :20]
         wrong = ~(values.float() * per_token[..., None]).isfinite()
         expected = torch.zeros_like(wrong)
@@ -150,7 +198,8 @@ def test_no_tokens():
         values, scales = rotate_quantize(x, scale=scale, offset=torch.zeros(3, 64))
         assert values.shape == x.shape and scales.shape == shape
         assert scales.isfinite().all() and (scales > 0).all()
-    assert rotate_quantize(x, transpose=True)[0].shape == (2, 3, 64, 0)
+    for interleave in (False, True):
+        assert rotate_quantize(x, transpose=True, interleave=interleave)[0].shape == (2, 3, 64, 0)
     values, scale = torch.ones(2, 3, 4, 64).to(torch.int8), torch.ones(2, 3, 4)
     rotate_quantize_into_cache(x, values, scale, torch.tensor(2))
     assert values.all() and scale.all()
@@ -160,15 +209,20 @@ def test_opcheck():
     x, sign = random(2, 5, 3, 64, dtype=torch.bfloat16).transpose(1, 2), torch.ones(64)
     cos, sin = rope_of(1, 5, 64).values()
     full = (random(3, 64), cos, sin, sign)
-    for dtype, scale, transpose, front in [
-        (torch.float8_e4m3fn, "token", False, (None,) * 4),
-        (torch.float8_e5m2, "block", True, full),
-        (torch.int8, "head", False, full),
+    for dtype, scale, form, front in [
+        (torch.float8_e4m3fn, "token", (True, False, False, False), (None,) * 4),
+        (torch.float8_e5m2, "block", (True, True, False, False), full),
+        (torch.float8_e4m3fn, "block", (False, True, True, True), (None,) * 4),
+        (torch.int8, "head", (True, False, False, True), full),
     ]:
-        torch.library.opcheck(ops.rotate_quantize.default, (x, dtype, scale, 16, True, transpose, *front))
-    values, scales = torch.zeros(2, 3, 9, 64, dtype=torch.int8), torch.zeros(2, 3, 9)
-    arguments = (x, values, scales, torch.tensor(2), True, False, *full)
-    torch.library.opcheck(ops.rotate_quantize_into_cache.default, arguments)
+        torch.library.opcheck(ops.rotate_quantize.default, (x, dtype, scale, 16, *form, *front))
+    scales = torch.zeros(2, 3, 9)
+    for shape, form in (
+        ((2, 3, 9, 64), (True, False, False, False)),
+        ((2, 3, 64, 16), (True, True, True, True)),
+    ):
+        arguments = (x, torch.zeros(shape, dtype=torch.int8), scales, torch.tensor(2), *form, *full)
+        torch.library.opcheck(ops.rotate_quantize_into_cache.default, arguments)
 
 
 def test_compiles_in_one_graph():
@@ -185,7 +239,7 @@ def test_refuses_what_does_not_fit():
     x, cos, offset = torch.ones(2, 3, 5, 64), torch.ones(1, 5, 64), torch.ones(3, 64)
     values, scale = torch.zeros(2, 3, 9, 64, dtype=torch.int8), torch.zeros(2, 3, 9)
 
-    position = torch.tensor(0)
+    tall, position = values.mT.contiguous(), torch.tensor(0)
 
     def write(x=x, values=values, scale=scale, position=position, **options):
         rotate_quantize_into_cache(x, values, scale, position, **options)
@@ -199,6 +253,7 @@ def test_refuses_what_does_not_fit():
         (lambda: rotate_quantize(x, scale="block", block_size=48), "block_size.*64.*48"),
         (lambda: rotate_quantize(x[0], scale="head"), r"\[B, H, S, D\].*\(3, 5, 64\)"),
         (lambda: rotate_quantize(x[0], transpose=True), r"\[B, H, S, D\].*\(3, 5, 64\)"),
+        (lambda: rotate_quantize(x, interleave=True), "interleave.*transpose=True"),
         (lambda: rotate_quantize(x, cos=cos), "cos, sin: expected both"),
         (lambda: rotate_quantize(x, cos=cos, sin=cos[:, :4]), "cos, sin"),
         (lambda: rotate_quantize(x, cos=cos.half(), sin=cos), "cos, sin"),
@@ -214,6 +269,8 @@ def test_refuses_what_does_not_fit():
         (lambda: write(values=values.float()), "dtype.*float32"),
         (lambda: write(values=values.mT.contiguous().mT), "contiguous values"),
         (lambda: write(transpose=True), r"values \[2, 3, 64, capacity\]"),
+        (lambda: write(values=tall, transpose=True, interleave=True), "rounded up to a multiple of 16"),
+        (lambda: write(interleave=True), "interleave.*transpose=True"),
         (lambda: write(scale=scale.half()), "scale"),
         (lambda: write(position=position.int()), "position torch.int32"),
     ]:

@@ -8,30 +8,23 @@ put into the rotation keeps 16 significant bits (two bf16 terms): a value can la
 import torch
 import torch.nn.functional as F
 
-from ..errors import FormatError
-from ..hadamard_matrices import hadamard_factors
 from .hadamard import hadamard_transform
 from .launcher import goes_straight, on_device
+from .rotate_quantize_checks import LARGEST, TOKENS_OF_A_ROW, check, check_cache, whole_rows
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
-SCALES = ("token", "block", "head")
-BLOCK_SIZES = (16, 32, 64, 128)
 # The least that counts as the largest magnitude (before normalization), so that its reciprocal is finite.
 SMALLEST_MAXIMUM = 2.0**-100
-# Rows of transposed values start at multiples of 16 bytes, which is what TMA reads.
-_ROW_BYTES = 16
 
+_FORM = "bool rotate, bool transpose, bool interleave, bool power_of_2"
 _FRONT = "Tensor? offset, Tensor? cos, Tensor? sin, Tensor? sign"
 
 torch.library.define(
     "hf_hadacore::rotate_quantize",
-    f"(Tensor x, ScalarType dtype, str scale, int block_size, bool rotate, bool transpose, {_FRONT})"
-    " -> (Tensor, Tensor)",
+    f"(Tensor x, ScalarType dtype, str scale, int block_size, {_FORM}, {_FRONT}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "hf_hadacore::rotate_quantize_into_cache",
-    f"(Tensor x, Tensor(a!) values, Tensor(b!) scale, Tensor position, bool rotate, bool transpose, {_FRONT})"
-    " -> ()",
+    f"(Tensor x, Tensor(a!) values, Tensor(b!) scale, Tensor position, {_FORM}, {_FRONT}) -> ()",
 )
 
 
@@ -43,6 +36,8 @@ def rotate_quantize(
     block_size: int = 64,
     rotate: bool = True,
     transpose: bool = False,
+    interleave: bool = False,
+    power_of_2: bool = False,
     offset: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
@@ -55,8 +50,9 @@ def rotate_quantize(
     cos is rounded, then the sum; eager models round rotate_half(x) * sin, too), and so is what enters the
     rotation after RoPE or an offset.
     A scale is the largest magnitude of its tokens, or 2^-100 / sqrt(D) if that is more, divided by the
-    largest number of the dtype: zeros have a scale. NaN or infinity in x makes it NaN or infinite, so that
-    every dequantized value that shares it is NaN or infinite too, from int8 as well.
+    largest number of the dtype, then with `power_of_2` rounded up to one: zeros have a scale. NaN or infinity
+    in x makes it NaN or infinite, so that every dequantized value that shares it is NaN or infinite too, from
+    int8 as well.
 
     Not differentiable. On CUDA rows of more than 256 elements take several passes: `hadamard_transform`, then
     torch.
@@ -70,6 +66,9 @@ def rotate_quantize(
         rotate: False only quantizes (V).
         transpose: give values as ``[B, H, D, S]``, tokens adjacent, as the product with V wants them; the
             rows lie a multiple of 16 bytes apart, with zeros between them.
+        interleave: with transpose, store the tokens of each 16 in the order of the operand of a tensor core's
+            8-bit product: token 8e + 2t + p (e < 2, t < 4, p < 2) at place 4t + 2e + p.
+        power_of_2: round scales up to powers of two: wherever one is applied, it rounds nothing.
         offset: fp32 ``[H, D]`` or ``[B or 1, H, D]``, subtracted from every token: K's mean.
         cos, sin: fp16, bf16 or fp32 ``[B or 1, S, D]`` of rotary embeddings as in Llama,
             ``x * cos + rotate_half(x) * sin``; or their first half, ``[B or 1, S, D/2]``, if the second is
@@ -77,7 +76,8 @@ def rotate_quantize(
         sign: ``[D]`` of +1 and -1, multiplied into what is rotated.
 
     Returns:
-        ``(values, scale)``: values like x, or transposed; scale fp32 ``[..., S]``, ``[B, H, ceil(S /
+        ``(values, scale)``: values like x, or transposed, or interleaved and contiguous ``[B, H, D, S rounded
+        up to a multiple of 16]``, zeros where there is no token; scale fp32 ``[..., S]``, ``[B, H, ceil(S /
         block_size)]`` or ``[B, H]``.
 
     Raises:
@@ -85,7 +85,7 @@ def rotate_quantize(
         UnsupportedError: there is no Hadamard matrix of order D, or it is too large for this device.
     """
     op = _cuda if goes_straight(x) else torch.ops.hf_hadacore.rotate_quantize
-    return op(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign)
+    return op(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, offset, cos, sin, sign)
 
 
 def rotate_quantize_into_cache(
@@ -96,6 +96,8 @@ def rotate_quantize_into_cache(
     *,
     rotate: bool = True,
     transpose: bool = False,
+    interleave: bool = False,
+    power_of_2: bool = False,
     offset: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
@@ -108,16 +110,17 @@ def rotate_quantize_into_cache(
 
     Args:
         x: ``[B, H, S, D]``.
-        values: 8-bit ``[B, H, capacity, D]``, or ``[B, H, D, capacity]`` if `transpose`, contiguous.
+        values: 8-bit ``[B, H, capacity, D]``, or ``[B, H, D, capacity]`` if `transpose`, contiguous. If
+            `interleave`, this capacity is that of the scales rounded up to a multiple of 16.
         scale: fp32 ``[B, H, capacity]``, contiguous.
         position: int64, one element: where the first of the S tokens goes.
-        rotate, transpose, offset, cos, sin, sign: as in `rotate_quantize`.
+        rotate, transpose, interleave, power_of_2, offset, cos, sin, sign: as in `rotate_quantize`.
 
     Raises:
         FormatError, UnsupportedError: as `rotate_quantize` does.
     """
     op = _cache_cuda if goes_straight(x) else torch.ops.hf_hadacore.rotate_quantize_into_cache
-    op(x, values, scale, position, rotate, transpose, offset, cos, sin, sign)
+    op(x, values, scale, position, rotate, transpose, interleave, power_of_2, offset, cos, sin, sign)
 
 
 def rotate_quantize_reference(
@@ -127,6 +130,8 @@ def rotate_quantize_reference(
     block_size: int,
     rotate: bool,
     transpose: bool,
+    interleave: bool = False,
+    power_of_2: bool = False,
     offset: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
@@ -135,7 +140,8 @@ def rotate_quantize_reference(
     """The specification, in plain torch.
 
     Args:
-        x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign: as in `rotate_quantize`.
+        x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, offset, cos, sin, sign: as in
+            `rotate_quantize`.
     """
     y = _rotated(x, rotate, offset, cos, sin, sign)
     maximum = y.abs().amax(-1)
@@ -148,6 +154,9 @@ def rotate_quantize_reference(
     maximum = maximum.clamp(min=SMALLEST_MAXIMUM)
     scales = maximum * (_norm(x, rotate) / LARGEST[dtype])
     inverse = LARGEST[dtype] / maximum
+    if power_of_2:
+        scales = _up_to_power_of_2(scales)
+        inverse = _norm(x, rotate) / scales
     if scale == "block":
         inverse = inverse.repeat_interleave(block_size, -1)[..., : x.shape[2]]
     elif scale == "head":
@@ -156,9 +165,22 @@ def rotate_quantize_reference(
     if dtype == torch.int8:
         y = y.round().nan_to_num(0.0)
     if transpose:
-        y = F.pad(y.mT, (0, -x.shape[2] % _ROW_BYTES))
+        y = F.pad(y.mT, (0, -x.shape[2] % TOKENS_OF_A_ROW))
+    if interleave:
+        y = y.unflatten(-1, (y.shape[-1] // TOKENS_OF_A_ROW, 2, 4, 2)).transpose(-3, -2).flatten(-4)
     values = y.to(dtype).contiguous()
-    return values[..., : x.shape[2]] if transpose else values, scales
+    return values[..., : x.shape[2]] if transpose and not interleave else values, scales
+
+
+def _up_to_power_of_2(scales: torch.Tensor) -> torch.Tensor:
+    """fp32 powers of two, not below positive normal numbers; NaN and infinity stay."""
+    bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(scales.isfinite(), bits.view(torch.float32), scales)
+
+
+def _places(tokens: torch.Tensor) -> torch.Tensor:
+    """Where `interleave` puts tokens."""
+    return tokens // 16 * 16 + tokens % 8 // 2 * 4 + tokens % 16 // 8 * 2 + tokens % 2
 
 
 def _norm(x: torch.Tensor, rotate: bool) -> float:
@@ -185,12 +207,12 @@ def _rotated(x, rotate, offset, cos, sin, sign) -> torch.Tensor:
     return hadamard_transform(y, 1.0, sign=sign)
 
 
-def _empty(x, dtype, scale, block_size, transpose) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(x, dtype, scale, block_size, transpose, interleave) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialized values and scales."""
     if transpose:
         batch, heads, tokens, d = x.shape
-        pitch = -(-tokens // _ROW_BYTES) * _ROW_BYTES
-        values = x.new_empty((batch, heads, d, pitch), dtype=dtype)[..., :tokens]
+        values = x.new_empty((batch, heads, d, whole_rows(tokens)), dtype=dtype)
+        values = values if interleave else values[..., :tokens]
     else:
         values = x.new_empty(x.shape, dtype=dtype)
     if scale == "token":
@@ -202,120 +224,38 @@ def _empty(x, dtype, scale, block_size, transpose) -> tuple[torch.Tensor, torch.
     return values, x.new_empty(sizes, dtype=torch.float32)
 
 
-def _check(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign) -> None:
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.dim() == 0:
-        raise FormatError(f"x: expected fp16, bf16 or fp32 [..., D], found {x.dtype} {tuple(x.shape)}")
-    d = x.shape[-1]
-    if d == 0 or d % 2:
-        raise FormatError(f"x: expected an even last dimension, found {tuple(x.shape)}")
-    if dtype not in LARGEST:
-        raise FormatError(f"dtype: expected one of {', '.join(map(str, LARGEST))}, found {dtype}")
-    if scale not in SCALES:
-        raise FormatError(f"scale: expected one of {SCALES}, found {scale!r}")
-    if scale == "block" and block_size not in BLOCK_SIZES:
-        raise FormatError(f"block_size: expected one of {BLOCK_SIZES}, found {block_size}")
-    needs_heads = scale != "token" or transpose or offset is not None or cos is not None or sin is not None
-    if needs_heads and x.dim() != 4:
-        raise FormatError(
-            'x: expected [B, H, S, D] where scale is not "token" or transpose, offset or cos are given, '
-            f"found {tuple(x.shape)}"
-        )
-    if sign is not None and (not rotate or sign.shape != (d,)):
-        raise FormatError(
-            f"sign: expected [{d}] together with rotate=True, found {tuple(sign.shape)} and rotate={rotate}"
-        )
-    if needs_heads:
-        _check_heads(x, offset, cos, sin)
-    for name, tensor in {"offset": offset, "cos": cos, "sin": sin, "sign": sign}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise FormatError(f"{name}: expected it on {x.device} like x, found {tensor.device}")
-    if rotate:
-        # A symbolic size of a traced graph has no hash.
-        hadamard_factors(int(d))
-
-
-def _check_heads(x, offset, cos, sin) -> None:
-    batch, heads, tokens, d = x.shape
-    if offset is not None and (
-        offset.dtype != torch.float32
-        or offset.shape[-2:] != (heads, d)
-        or offset.shape[:-2] not in ((), (1,), (batch,))
-    ):
-        raise FormatError(
-            f"offset: expected fp32 [{heads}, {d}] or [{batch} or 1, {heads}, {d}], "
-            f"found {offset.dtype} {tuple(offset.shape)}"
-        )
-    angles = [angle for angle in (cos, sin) if angle is not None]
-    if angles and (
-        len(angles) != 2
-        or cos.shape != sin.shape
-        or cos.dtype != sin.dtype
-        or cos.dtype not in (torch.float16, torch.bfloat16, torch.float32)
-        or cos.dim() != 3
-        or cos.shape[0] not in (1, batch)
-        or cos.shape[1] != tokens
-        or cos.shape[2] not in (d, d // 2)
-    ):
-        raise FormatError(
-            f"cos, sin: expected both, fp16, bf16 or fp32 [{batch} or 1, {tokens}, {d} or {d // 2}] of one "
-            "shape and dtype, found " + ", ".join(f"{angle.dtype} {tuple(angle.shape)}" for angle in angles)
-        )
-
-
-def _check_cache(x, values, scale, position, transpose) -> None:
-    if x.dim() != 4:
-        raise FormatError(f"x: expected [B, H, S, D], found {tuple(x.shape)}")
-    batch, heads, _, d = x.shape
-    capacity = values.shape[-1 if transpose else -2] if values.dim() == 4 else 0
-    room = (batch, heads, d, capacity) if transpose else (batch, heads, capacity, d)
-    if (
-        values.shape != room
-        or scale.shape != (batch, heads, capacity)
-        or scale.dtype != torch.float32
-        or not values.is_contiguous()
-        or not scale.is_contiguous()
-        or position.dtype != torch.int64
-        or position.numel() != 1
-    ):
-        layout = f"[{batch}, {heads}, {d}, capacity]" if transpose else f"[{batch}, {heads}, capacity, {d}]"
-        raise FormatError(
-            f"expected contiguous values {layout} and fp32 scale [{batch}, {heads}, capacity], and int64 "
-            f"position [1]; found values {tuple(values.shape)}, scale {scale.dtype} {tuple(scale.shape)}, "
-            f"position {position.dtype} {tuple(position.shape)}"
-        )
-    for name, tensor in {"values": values, "scale": scale, "position": position}.items():
-        if tensor.device != x.device:
-            raise FormatError(f"{name}: expected it on {x.device} like x, found {tensor.device}")
-
-
 @torch.library.register_fake("hf_hadacore::rotate_quantize")
-def _fake(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign):
-    _check(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign)
-    return _empty(x, dtype, scale, block_size, transpose)
+def _fake(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front):
+    check(x, dtype, scale, block_size, rotate, transpose, interleave, *front)
+    return _empty(x, dtype, scale, block_size, transpose, interleave)
 
 
 @torch.library.register_fake("hf_hadacore::rotate_quantize_into_cache")
-def _cache_fake(x, values, scale, position, rotate, transpose, offset, cos, sin, sign):
-    _check(x, values.dtype, "token", 0, rotate, transpose, offset, cos, sin, sign)
-    _check_cache(x, values, scale, position, transpose)
+def _cache_fake(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front):
+    check(x, values.dtype, "token", 0, rotate, transpose, interleave, *front)
+    check_cache(x, values, scale, position, transpose, interleave)
 
 
 @torch.library.impl("hf_hadacore::rotate_quantize", "default")
-def _anywhere(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign):
-    _check(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign)
-    return rotate_quantize_reference(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign)
+def _anywhere(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front):
+    check(x, dtype, scale, block_size, rotate, transpose, interleave, *front)
+    return rotate_quantize_reference(
+        x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front
+    )
 
 
-def _cache_anywhere(x, values, scale, position, rotate, transpose, offset, cos, sin, sign):
-    _check(x, values.dtype, "token", 0, rotate, transpose, offset, cos, sin, sign)
-    _check_cache(x, values, scale, position, transpose)
+def _cache_anywhere(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front):
+    check(x, values.dtype, "token", 0, rotate, transpose, interleave, *front)
+    check_cache(x, values, scale, position, transpose, interleave)
     new_values, new_scale = rotate_quantize_reference(
-        x, values.dtype, "token", 0, rotate, transpose, offset, cos, sin, sign
+        x, values.dtype, "token", 0, rotate, transpose, False, power_of_2, *front
     )
     positions = torch.arange(x.shape[2], device=x.device) + position
-    # Not every index operation knows 8-bit floats.
-    values.view(torch.int8).index_copy_(3 if transpose else 2, positions, new_values.view(torch.int8))
     scale.index_copy_(2, positions, new_scale)
+    # Not every index operation knows 8-bit floats.
+    values.view(torch.int8).index_copy_(
+        3 if transpose else 2, _places(positions) if interleave else positions, new_values.view(torch.int8)
+    )
 
 
 torch.library.impl("hf_hadacore::rotate_quantize_into_cache", "default", _cache_anywhere)
@@ -329,7 +269,9 @@ def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return is_known and x.shape[-1] <= MAX_HEAD_SIZE
 
 
-def _launch(x, values, scales, group, rotate, transpose, offset, cos, sin, sign, position=None) -> None:
+def _launch(
+    x, values, scales, group, position, rotate, transpose, interleave, power_of_2, offset, cos, sin, sign
+) -> None:
     from . import rotate_quantize_triton
 
     if x.dim() != 4:
@@ -349,6 +291,8 @@ def _launch(x, values, scales, group, rotate, transpose, offset, cos, sin, sign,
             smallest=SMALLEST_MAXIMUM,
             rotate=rotate,
             transpose=transpose,
+            interleave=interleave,
+            power_of_2=power_of_2,
             offset=offset,
             cos=cos,
             sin=sin,
@@ -357,32 +301,29 @@ def _launch(x, values, scales, group, rotate, transpose, offset, cos, sin, sign,
         )
 
 
-def _cuda(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign):
-    _check(x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign)
-    if not _has_kernel(x, dtype):
+def _cuda(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front):
+    check(x, dtype, scale, block_size, rotate, transpose, interleave, *front)
+    # Only heads have a scale without any token.
+    if not _has_kernel(x, dtype) or x.numel() == 0:
         return rotate_quantize_reference(
-            x, dtype, scale, block_size, rotate, transpose, offset, cos, sin, sign
+            x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front
         )
-    values, scales = _empty(x, dtype, scale, block_size, transpose)
-    if x.numel() == 0:
-        # Only heads have a scale without any token.
-        scales.fill_(SMALLEST_MAXIMUM * (_norm(x, rotate) / LARGEST[dtype]))
-    else:
-        group = {"token": 1, "block": block_size, "head": 0}[scale]
-        _launch(x, values, scales, group, rotate, transpose, offset, cos, sin, sign)
+    values, scales = _empty(x, dtype, scale, block_size, transpose, interleave)
+    group = {"token": 1, "block": block_size, "head": 0}[scale]
+    _launch(x, values, scales, group, None, rotate, transpose, interleave, power_of_2, *front)
     return values, scales
 
 
 torch.library.impl("hf_hadacore::rotate_quantize", "cuda", _cuda)
 
 
-def _cache_cuda(x, values, scale, position, rotate, transpose, offset, cos, sin, sign):
+def _cache_cuda(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front):
     if not _has_kernel(x, values.dtype):
-        return _cache_anywhere(x, values, scale, position, rotate, transpose, offset, cos, sin, sign)
-    _check(x, values.dtype, "token", 0, rotate, transpose, offset, cos, sin, sign)
-    _check_cache(x, values, scale, position, transpose)
+        return _cache_anywhere(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front)
+    check(x, values.dtype, "token", 0, rotate, transpose, interleave, *front)
+    check_cache(x, values, scale, position, transpose, interleave)
     if x.numel():
-        _launch(x, values, scale, 1, rotate, transpose, offset, cos, sin, sign, position)
+        _launch(x, values, scale, 1, position, rotate, transpose, interleave, power_of_2, *front)
 
 
 torch.library.impl("hf_hadacore::rotate_quantize_into_cache", "cuda", _cache_cuda)

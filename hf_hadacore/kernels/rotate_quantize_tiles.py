@@ -87,6 +87,26 @@ def magnitude(b):
 
 
 @triton.jit
+def up_to_power_of_2(b):
+    """Powers of two, not below positive normal fp32 numbers; NaN and infinity stay."""
+    b_bits = b.to(tl.int32, bitcast=True)
+    b_up = (b_bits + 0x7FFFFF) & 0x7F800000
+    return tl.where(b_bits < 0x7F800000, b_up, b_bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def token_of_place(o):
+    """Which of interleaved tokens stands at a place, counted from a multiple of 16."""
+    return o // 16 * 16 + o % 4 // 2 * 8 + o % 16 // 4 * 2 + o % 2
+
+
+@triton.jit
+def place_of_token(o):
+    """The place of one of interleaved tokens, counted from a multiple of 16."""
+    return o // 16 * 16 + o % 8 // 2 * 4 + o % 16 // 8 * 2 + o % 2
+
+
+@triton.jit
 def to_8_bits(b, dtype: tl.constexpr):
     if dtype == tl.int8:
         return (b + _ROUND_TO_INTEGER).to(tl.int32, bitcast=True).to(tl.int8)

@@ -19,7 +19,17 @@ import triton.language as tl
 from ..hadamard_matrices import hadamard_matrix
 from .launcher import has_pdl, run
 from .rotate_quantize_schedules import HOPPER_MEMORY, Schedule, choose
-from .rotate_quantize_tiles import half_of, magnitude, matrices, product, to_8_bits, turn
+from .rotate_quantize_tiles import (
+    half_of,
+    magnitude,
+    matrices,
+    place_of_token,
+    product,
+    to_8_bits,
+    token_of_place,
+    turn,
+    up_to_power_of_2,
+)
 from .w4a16_launch import processors_of
 
 # Heads that are longer do not fit into one tile.
@@ -62,6 +72,8 @@ def _rotate_quantize_kernel(
     SMALLEST: tl.constexpr,
     ROTATE: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    POWER_OF_2: tl.constexpr,
     ONE_HALF: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -75,6 +87,8 @@ def _rotate_quantize_kernel(
     tokens share a scale; 0 stands for all of a head, whose maxima ``[batch, heads]`` (int32 bits) are
     collected where no values are wanted and read where they are, and count as SMALLEST (bits) at least.
     HEADS divides heads, and is 1 where heads are asked for one by one: TRANSPOSE, an offset, GROUP = 0.
+    INTERLEAVE, which needs TRANSPOSE, loads rows in the order in which they are stored, so that a thread
+    still stores 16 tokens at a time, but at a position, which need not be a multiple of 16.
     """
     HALF: tl.constexpr = D // 2
     TOKENS: tl.constexpr = TILE // HEADS
@@ -90,6 +104,9 @@ def _rotate_quantize_kernel(
     # Of a row: its head and token, counted from the tile's first.
     o_h = (o_row // TOKENS).to(tl.int64)
     o_t = o_row % TOKENS
+    o_place = o_t
+    if INTERLEAVE and p_position is None:
+        o_t = token_of_place(o_place)
     o_d = tl.arange(0, PADDED)
     m_d = o_d < HALF
     i_first = tl.program_id(0) * tiles_of_program
@@ -156,13 +173,17 @@ def _rotate_quantize_kernel(
             b_maximum = tl.maximum(b_maximum, SMALLEST).to(tl.float32, bitcast=True)
             NORM: tl.constexpr = D**-0.5 if ROTATE else 1.0
             b_scale = b_maximum * (NORM / LARGEST)
-            b_inverse = tl.div_rn(LARGEST, b_maximum)
+            if POWER_OF_2:
+                b_scale = up_to_power_of_2(b_scale)
+                b_inverse = tl.div_rn(NORM, b_scale)
+            else:
+                b_inverse = tl.div_rn(LARGEST, b_maximum)
             i_to = i_start + i_t
             if p_position is not None:
-                m_to = m_t & (o_t < capacity - i_to)
+                m_to = m_t & (o_t < scales - i_to)
             elif TRANSPOSE:
                 # Rows end at multiples of 16, so that 16 tokens can be stored at a time.
-                m_to = o_t < (tokens + 15) // 16 * 16 - i_t
+                m_to = o_place < (tokens + 15) // 16 * 16 - i_t
             else:
                 m_to = m_t
             p_scales = p_scale + i_head * scales
@@ -184,7 +205,10 @@ def _rotate_quantize_kernel(
             b_high = to_8_bits(b_high.to(tl.float32) * b_inverse, dtype)
             p_out = p_values + i_head * (capacity * D)
             if TRANSPOSE:
-                o = (p_out + i_to) + (o_d[:, None].to(tl.int64) * capacity + o_t[None, :])
+                o_column = o_place
+                if INTERLEAVE and p_position is not None:
+                    o_column = place_of_token(i_to + o_t) - i_to
+                o = (p_out + i_to) + (o_d[:, None].to(tl.int64) * capacity + o_column[None, :])
                 m = m_d[:, None] & m_to[None, :]
                 tl.store(o, tl.trans(b_low), mask=m)
                 tl.store(o + tl.full((), HALF, tl.int64) * capacity, tl.trans(b_high), mask=m)
@@ -205,6 +229,8 @@ def launch(
     smallest: float,
     rotate: bool,
     transpose: bool,
+    interleave: bool = False,
+    power_of_2: bool = False,
     offset: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
@@ -226,6 +252,7 @@ def launch(
         smallest: a maximum that is below this counts as this.
         rotate: whether to apply the Hadamard transform.
         transpose: store the values token by token.
+        interleave, power_of_2: as in `rotate_quantize`.
         offset: ``[B or 1, H, D]``, contiguous.
         cos, sin: ``[B or 1, S, D]``, or ``[B or 1, S, D/2]`` if both halves are the same; with the same
             strides, the last dimension contiguous.
@@ -287,6 +314,8 @@ def launch(
                 _bits_of(smallest),
                 rotate,
                 transpose,
+                interleave,
+                power_of_2,
                 cos is not None and cos.shape[2] < d,
                 is_split,
                 schedule.stages,
