@@ -1,0 +1,435 @@
+"""Attention on 8-bit operands, prefill and decode, as the op `hf_hadacore::attention_8bit`.
+
+`attention_8bit_reference` says what is computed. On CUDA the kernels of `attention_hopper` (prefill) and
+`attention_triton` (the rest) take what fits them, and the reference what does not.
+"""
+
+import importlib
+import math
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import FormatError, UnsupportedError
+from .launcher import goes_straight, on_device
+
+# Tokens that share a scale where scales are per block; also what a kernel multiplies at a time.
+BLOCK_SIZE = 128
+# What the softmax's numerators, at most 1, are multiplied by before they become e4m3, which ends at 2^-9.
+P_SCALE = 256.0
+QUERY_DTYPES = (torch.float8_e4m3fn, torch.int8)
+OUT_DTYPES = (torch.bfloat16, torch.float16)
+
+# The order of tokens in V. 16 are what one instruction of the tensor cores reads of a row.
+_INTERLEAVED = 16
+_KERNELS = ("attention_hopper", "attention_triton")
+# fp32 numbers that the reference has of everything at a time, if a single query and sequence allow it.
+_CHUNK = 1 << 24
+
+torch.library.define(
+    "hf_hadacore::attention_8bit",
+    "(Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale, "
+    "float scale, bool is_causal, int window, float softcap, Tensor? key_start, Tensor? key_end, "
+    "Tensor? query_start, Tensor? sinks, Tensor? logit_offset, ScalarType out_dtype) -> Tensor",
+)
+
+
+def attention_8bit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    key_start: torch.Tensor | None = None,
+    key_end: torch.Tensor | None = None,
+    query_start: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    logit_offset: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """softmax(scale q k^T) v of 8-bit q, k and v; query i of sequence b stands at query_start[b] + i.
+
+    Query i sees key n if ``key_start[b] <= n < key_end[b]``, with `is_causal` ``n <= query_start[b] + i``,
+    and with a window ``n > query_start[b] + i - window``. Queries that see nothing give 0. NaN or infinity in
+    a query, or in a key or value that it sees, gives NaN; in a value perhaps also to queries that do not see
+    it, as with masks in `scaled_dot_product_attention`.
+
+    Not differentiable. The same input gives the same bits.
+
+    Args:
+        query: e4m3 or int8 ``[B, Hq, Sq, D]``; Hq a multiple of Hkv.
+        key: ``[B, Hkv, L, D]`` in the dtype of query.
+        value: e4m3 ``[B, Hkv, D, L16]``, as `interleave_tokens` orders it.
+        query_scale: fp32 ``[B, Hq, Sq]``.
+        key_scale, value_scale: fp32, both ``[B, Hkv, L]`` or, a scale for 128 tokens, both ``[B, Hkv,
+            ceil(L/128)]``. Those of values are powers of two.
+        scale: of q k^T.
+        is_causal: see above.
+        window: see above; 0 for none.
+        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
+        key_start, key_end, query_start: int32 ``[B]``, read on the device; 0, L and L - Sq by default.
+        sinks: fp32 ``[Hq]``, one more logit for each head, whose value is 0.
+        logit_offset: fp32 ``[B, Hq, Sq]``, added to scaled logits before softcap.
+        mask: broadcastable to ``[B, Hq, Sq, L]``: boolean, True for what is seen besides the above, or added
+            to the logits. Only the reference knows it.
+        out_dtype: torch.bfloat16 or torch.float16.
+
+    All tensors but the mask are contiguous.
+
+    Returns:
+        ``[B, Sq, Hq, D]``, contiguous.
+
+    Raises:
+        FormatError: a shape, dtype, device, stride or number does not fit.
+        UnsupportedError: in the backward pass.
+    """
+    tensors = (query, key, value, query_scale, key_scale, value_scale)
+    masks = (key_start, key_end, query_start, sinks, logit_offset)
+    options = (scale, is_causal, window, softcap)
+    if mask is not None:
+        _check(*tensors, *options, *masks, out_dtype)
+        _check_mask(query, key, mask)
+        if query.is_cuda:
+            _notify("a mask that is neither causal nor an interval of keys for each sequence")
+        return attention_8bit_reference(*tensors, *options, *masks, out_dtype, mask)
+    op = _cuda if goes_straight(query) else torch.ops.hf_hadacore.attention_8bit
+    return op(*tensors, *options, *masks, out_dtype)
+
+
+def interleave_tokens(values: torch.Tensor) -> torch.Tensor:
+    """Put the tokens of each 16 into the order of `attention_8bit`'s value: 8e + 2t + p goes to 4t + 2e + p.
+
+    A thread of the tensor cores holds, of 16 columns of an fp32 result, 2t, 2t + 1, 2t + 8 and 2t + 9, and
+    needs, of 16 columns of an 8-bit operand, four neighbors. In this order they are the same tokens.
+
+    Args:
+        values: ``[..., L]``, of any dtype.
+
+    Returns:
+        ``[..., L16]``, L rounded up to a multiple of 16, contiguous, zeros behind the last token.
+    """
+    room = -values.shape[-1] % _INTERLEAVED
+    if room:
+        # Not every operation knows 8-bit floats.
+        bytes_of = values if values.dtype != torch.float8_e4m3fn else values.view(torch.uint8)
+        values = F.pad(bytes_of, (0, room)).view(values.dtype)
+    return values.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()
+
+
+def deinterleave_tokens(values: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The inverse of `interleave_tokens`.
+
+    Args:
+        values: ``[..., L16]``.
+        tokens: L.
+
+    Returns:
+        ``[..., L]``.
+    """
+    return values.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)[..., :tokens]
+
+
+def attention_8bit_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    key_start: torch.Tensor | None,
+    key_end: torch.Tensor | None,
+    query_start: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    logit_offset: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification, in plain torch, some queries at a time. Nothing waits for the device.
+
+    In powers of two, t = log2(e) logit: numerators are p = 2^(t - m) with m = ceil(max t), the denominator is
+    their sum. m is an integer, so that what follows does not depend on which keys came first: p * 256 * r is
+    rounded to e4m3, r being the value's scale relative to the largest in its block of 128 keys. The rest is
+    fp32.
+
+    Args:
+        query, key, value, query_scale, key_scale, value_scale, scale, is_causal, window, softcap, key_start,
+            key_end, query_start, sinks, logit_offset, mask, out_dtype: as in `attention_8bit`.
+    """
+    batch, heads, tokens, d = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    group = heads // key_heads if key_heads else 1
+    out = torch.zeros((batch, tokens, heads, d), dtype=out_dtype, device=query.device)
+    if out.numel() == 0 or keys == 0:
+        return out
+    n = torch.arange(keys, device=query.device)
+    first_key = _per_sequence(key_start, 0, query)
+    last_key = _per_sequence(key_end, keys, query)
+    position = _per_sequence(query_start, keys - tokens, query)
+    is_there = (n >= first_key) & (n < last_key)  # [B, 1, 1, 1, L]
+    # What is not there may be anything.
+    value_scale = torch.where(is_there[:, :, 0, 0], _per_token(value_scale, keys), 0)
+    largest = _largest_of_blocks(value_scale)
+    key_scale = _per_token(key_scale, keys)
+    queries = query.unflatten(1, (key_heads, group))
+    query_scale = query_scale.unflatten(1, (key_heads, group)) * scale
+    if logit_offset is not None:
+        logit_offset = logit_offset.unflatten(1, (key_heads, group))
+    if mask is not None:
+        mask = mask.expand(batch, heads, tokens, keys).unflatten(1, (key_heads, group))
+    if sinks is not None:
+        sinks = (sinks * math.log2(math.e)).view(key_heads, group, 1, 1)
+
+    rows = min(tokens, max(1, _CHUNK // (heads * keys)))
+    sequences = max(1, _CHUNK // ((heads * rows + 2 * key_heads * d) * keys))
+    for first in range(0, batch, sequences):
+        part = slice(first, first + sequences)
+        # Integers up to 127 and e4m3 are exact in whatever fp32 products are allowed to be computed in.
+        k = key[part].float().mT  # [B, Hkv, D, L]
+        v = deinterleave_tokens(value[part], keys).float()
+        v = v.mul_(largest[part, :, None]).masked_fill_(~is_there[part, :, 0], 0).mT  # [B, Hkv, L, D]
+        ratio = (value_scale[part] / largest[part] * P_SCALE)[:, :, None, None]
+        for start in range(0, tokens, rows):
+            i = slice(start, start + rows)
+            # [B, Hkv, G * rows, D] @ [B, Hkv, D, L] -> [B, Hkv, G, rows, L]
+            t = (queries[part, :, :, i].flatten(2, 3).float() @ k).unflatten(2, (group, -1))
+            t *= query_scale[part, :, :, i, None]
+            t *= key_scale[part, :, None, None]
+            if logit_offset is not None:
+                t += logit_offset[part, :, :, i, None]
+            if softcap:
+                t = t.div_(softcap).tanh_().mul_(softcap)
+            seen = is_there[part]
+            stands = position[part] + torch.arange(tokens, device=query.device)[i, None]
+            if is_causal:
+                seen = seen & (n <= stands)
+            if window:
+                seen = seen & (n > stands - window)
+            if mask is not None and mask.dtype == torch.bool:
+                seen = seen & mask[part, :, :, i]
+            elif mask is not None:
+                t += mask[part, :, :, i]
+            t *= math.log2(math.e)
+            t.masked_fill_(~seen, -math.inf)
+            m = t.amax(-1, keepdim=True).ceil()
+            m.masked_fill_(m == -math.inf, 0)
+            p = t.sub_(m).exp2_()
+            denominator = p.sum(-1, keepdim=True)
+            if sinks is not None:
+                denominator += (sinks - m).exp2()
+            # Only where nothing is seen.
+            denominator.masked_fill_(denominator == 0, 1)
+            p = p.mul_(ratio).to(torch.float8_e4m3fn).float()
+            # [B, Hkv, G * rows, L] @ [B, Hkv, L, D] -> [B, Hkv, G, rows, D]
+            o = (p.flatten(2, 3) @ v).unflatten(2, (group, -1)) / (denominator * P_SCALE)
+            out[part, i] = o.flatten(1, 2).transpose(1, 2).to(out_dtype)
+    return out
+
+
+def _per_sequence(tensor: torch.Tensor | None, default: int, query: torch.Tensor) -> torch.Tensor:
+    """``[B, 1, 1, 1, 1]``."""
+    if tensor is None:
+        return torch.full((query.shape[0], 1, 1, 1, 1), default, device=query.device)
+    return tensor.view(-1, 1, 1, 1, 1)
+
+
+def _per_token(scale: torch.Tensor, keys: int) -> torch.Tensor:
+    return scale if scale.shape[2] == keys else scale.repeat_interleave(BLOCK_SIZE, 2)[..., :keys]
+
+
+def _largest_of_blocks(scale: torch.Tensor) -> torch.Tensor:
+    """For each token the largest scale of its block; not zero."""
+    keys = scale.shape[2]
+    blocks = F.pad(scale, (0, -keys % BLOCK_SIZE)).unflatten(2, (-1, BLOCK_SIZE)).amax(-1)
+    return _per_token(blocks, keys).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _check(
+    query,
+    key,
+    value,
+    query_scale,
+    key_scale,
+    value_scale,
+    scale,
+    is_causal,
+    window,
+    softcap,
+    key_start,
+    key_end,
+    query_start,
+    sinks,
+    logit_offset,
+    out_dtype,
+) -> None:
+    if query.dim() != 4 or query.dtype not in QUERY_DTYPES:
+        raise FormatError(
+            f"query: expected e4m3 or int8 [B, Hq, Sq, D], found {query.dtype} {tuple(query.shape)}"
+        )
+    batch, heads, tokens, d = query.shape
+    is_like_query = key.dim() == 4 and key.shape[0] == batch and key.shape[3] == d
+    if not is_like_query or key.dtype != query.dtype:
+        raise FormatError(
+            f"key: expected {query.dtype} [{batch}, Hkv, L, {d}] like query, "
+            f"found {key.dtype} {tuple(key.shape)}"
+        )
+    key_heads, keys = key.shape[1], key.shape[2]
+    if heads % key_heads if key_heads else heads:
+        raise FormatError(f"query: expected a multiple of key's {key_heads} heads, found {heads}")
+    columns = keys + -keys % _INTERLEAVED
+    blocks = (keys + BLOCK_SIZE - 1) // BLOCK_SIZE
+    per_token = key_scale.shape == (batch, key_heads, keys)
+    of_keys = (batch, key_heads, keys if per_token else blocks)
+    fp32, int32 = torch.float32, torch.int32
+    for name, tensor, dtype, shape in (
+        ("query", query, query.dtype, query.shape),
+        ("key", key, query.dtype, key.shape),
+        ("value", value, torch.float8_e4m3fn, (batch, key_heads, d, columns)),
+        ("query_scale", query_scale, fp32, (batch, heads, tokens)),
+        ("key_scale", key_scale, fp32, of_keys),
+        ("value_scale", value_scale, fp32, of_keys),
+        ("key_start", key_start, int32, (batch,)),
+        ("key_end", key_end, int32, (batch,)),
+        ("query_start", query_start, int32, (batch,)),
+        ("sinks", sinks, fp32, (heads,)),
+        ("logit_offset", logit_offset, fp32, (batch, heads, tokens)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+            text = ""
+            if name.endswith("_scale") and name != "query_scale":
+                text = f", or, of 128 tokens, [..., {blocks}], the same for keys and values"
+            raise FormatError(
+                f"{name}: expected contiguous {dtype} {list(shape)}{text}, found {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+        if tensor.device != query.device:
+            raise FormatError(f"{name}: expected it on {query.device} like query, found {tensor.device}")
+    if not math.isfinite(scale):
+        raise FormatError(f"scale: expected a finite number, found {scale}")
+    if window < 0:
+        raise FormatError(f"window: expected a number of keys, or 0 for none, found {window}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise FormatError(f"softcap: expected a positive number, or 0 for none, found {softcap}")
+    if out_dtype not in OUT_DTYPES:
+        raise FormatError(f"out_dtype: expected one of {OUT_DTYPES}, found {out_dtype}")
+
+
+def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> None:
+    room = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(mask.shape), reversed(room), strict=False)
+    fits = mask.dim() <= 4 and all(size in (1, whole) for size, whole in sizes)
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()) or mask.device != query.device:
+        raise FormatError(
+            f"mask: expected boolean or floating point, broadcastable to {list(room)}, on {query.device}, "
+            f"found {mask.dtype} {list(mask.shape)} on {mask.device}"
+        )
+
+
+@torch.library.register_fake("hf_hadacore::attention_8bit")
+def _fake(query, *arguments):
+    _check(query, *arguments)
+    batch, heads, tokens, d = query.shape
+    return query.new_empty((batch, tokens, heads, d), dtype=arguments[-1])
+
+
+@torch.library.impl("hf_hadacore::attention_8bit", "default")
+def _anywhere(*arguments):
+    _check(*arguments)
+    return attention_8bit_reference(*arguments)
+
+
+@cache
+def _kernel(name: str) -> ModuleType | None:
+    """A module with `fits` and `launch`; None if it, or Triton, is not there."""
+    if find_spec("triton") is None or find_spec(f"{__package__}.{name}") is None:
+        return None
+    return importlib.import_module(f".{name}", __package__)
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def _notify(reason: str) -> None:
+    """Say once that the slow path is taken."""
+    warnings.warn(f"HadaCore: 8-bit attention runs in plain torch, which is slow: {reason}", stacklevel=4)
+
+
+def _cuda(
+    query,
+    key,
+    value,
+    query_scale,
+    key_scale,
+    value_scale,
+    scale,
+    is_causal,
+    window,
+    softcap,
+    key_start,
+    key_end,
+    query_start,
+    sinks,
+    logit_offset,
+    out_dtype,
+):
+    tensors = (query, key, value, query_scale, key_scale, value_scale)
+    masks = (key_start, key_end, query_start, sinks, logit_offset)
+    _check(*tensors, scale, is_causal, window, softcap, *masks, out_dtype)
+    batch, heads, tokens, d = query.shape
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.zeros((batch, tokens, heads, d), dtype=out_dtype, device=query.device)
+    options = dict(
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        key_start=key_start,
+        key_end=key_end,
+        query_start=query_start,
+        sinks=sinks,
+        logit_offset=logit_offset,
+    )
+    if _has_fp8(query.device):
+        for kernel in map(_kernel, _KERNELS):
+            if kernel is not None and kernel.fits(query, key, value, **options):
+                out = torch.empty((batch, tokens, heads, d), dtype=out_dtype, device=query.device)
+                with on_device(query.device):
+                    kernel.launch(*tensors, out, **options)
+                return out
+        _notify(f"no kernel for head_dim {d}, {heads} heads on {key.shape[1]}")
+    else:
+        _notify(f"{torch.cuda.get_device_name(query.device)} has no 8-bit floats")
+    return attention_8bit_reference(*tensors, scale, is_causal, window, softcap, *masks, out_dtype)
+
+
+torch.library.impl("hf_hadacore::attention_8bit", "cuda", _cuda)
+
+
+def _setup_context(ctx, inputs, output):
+    pass
+
+
+def _backward(ctx, grad):
+    raise UnsupportedError("attention_8bit has no gradient; train with attention in full precision")
+
+
+torch.library.register_autograd("hf_hadacore::attention_8bit", _backward, setup_context=_setup_context)
