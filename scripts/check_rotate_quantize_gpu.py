@@ -1,12 +1,10 @@
-"""Is `rotate_quantize` right on this GPU, and how close is it to one pass over memory?
+"""Is `rotate_quantize` right on this GPU?
 
-    python scripts/check_rotate_quantize_gpu.py --json scripts/results/rotate_quantize.json
-    python scripts/check_rotate_quantize_gpu.py --tune
+    python scripts/check_rotate_quantize_gpu.py --json scripts/results/check_rotate_quantize.json
     compute-sanitizer python scripts/check_rotate_quantize_gpu.py --sanitize
 
 Values are held to float64, one by one: none may be further off than the 8-bit rounding allows. All memory is
-filled with NaN (int8: 127) before a kernel writes to it. Times are microseconds in CUDA-graph replays over
-inputs that rotate out of the L2 cache; the floor is the bytes read and written at the copy's bandwidth.
+filled with NaN (int8: 127) before a kernel writes to it.
 """
 
 import json
@@ -15,7 +13,6 @@ import os
 import random
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,11 +22,8 @@ import typer
 from gpu_report import about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_matrix
-from hf_hadacore.kernels import rotate_quantize_triton
-from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
 from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize, rotate_quantize_into_cache
 from hf_hadacore.kernels.rotate_quantize_checks import BLOCK_SIZES, LARGEST
-from hf_hadacore.kernels.rotate_quantize_triton import Schedule
 
 VARIANTS = 56
 CASES_OF_A_VARIANT = 38
@@ -387,166 +381,21 @@ def check_beyond_int32() -> bool:
     return right
 
 
-class Work(NamedTuple):
-    """What is timed: heads of d elements over some tokens, from bf16, stored as models do, [B, S, H, D].
-
-    Attributes:
-        name: what it is.
-        heads: of one launch each.
-        tokens, d: sizes.
-        options: of `rotate_quantize`.
-        rope: "none", or whether cos and sin are given "whole" or their "half".
-    """
-
-    name: str
-    heads: tuple[int, ...]
-    tokens: int
-    d: int
-    options: dict[str, Any]
-    rope: str = "none"
-
-
-def works() -> list[Work]:
-    both, fp8, int8 = (32, 8), torch.float8_e4m3fn, torch.int8
-    block = dict(scale="block", block_size=64)
-    return [
-        Work("q and k, fp8, token", both, 8192, 128, dict(dtype=fp8)),
-        Work("q and k, int8, token", both, 8192, 128, dict(dtype=int8)),
-        Work("q and k, fp8, block 64", both, 8192, 128, dict(dtype=fp8, **block)),
-        Work("q and k, int8, block 64", both, 8192, 128, dict(dtype=int8, **block)),
-        Work("q and k, fp8, head (x is read twice)", both, 8192, 128, dict(dtype=fp8, scale="head")),
-        Work("q and k, RoPE, fp8, token", both, 8192, 128, dict(dtype=fp8), "whole"),
-        Work("q and k, RoPE of one half, fp8, token", both, 8192, 128, dict(dtype=fp8), "half"),
-        Work("v, fp8, token", (8,), 8192, 128, dict(dtype=fp8, rotate=False)),
-        Work("v, transposed, fp8, token", (8,), 8192, 128, dict(dtype=fp8, rotate=False, transpose=True)),
-        Work("q and k, d 64, fp8, token", both, 16384, 64, dict(dtype=fp8)),
-        Work("q and k, d 96, fp8, token", both, 8192, 96, dict(dtype=fp8)),
-        Work("q and k, d 256, fp8, token", (16, 8), 8192, 256, dict(dtype=fp8)),
-        Work("q and k, one token, RoPE, fp8", both, 1, 128, dict(dtype=fp8), "half"),
-    ]
-
-
-def calls_of(
-    work: Work, schedule: Schedule | None = None, copies: int | None = None
-) -> tuple[list[Any], int]:
-    """Calls on inputs that rotate out of the cache, and the bytes of one of them."""
-    d, tokens = work.d, work.tokens
-    elements = sum(work.heads) * tokens * d
-    copies = copies or (copies_to_rotate(3 * elements) if tokens > 1 else 16)
-    calls = []
-    for _ in range(copies):
-        angles = torch.randn(1, tokens, d // 2 if work.rope == "half" else d, device="cuda")
-        front: dict[str, Any] = {}
-        if work.rope != "none":
-            front = dict(cos=angles.cos().bfloat16(), sin=angles.sin().bfloat16())
-        inputs = [
-            torch.randn(1, tokens, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-            for heads in work.heads
-        ]
-        calls.append(partial(run_work, inputs, work.options | front, schedule))
-    angle_bytes = 0 if work.rope == "none" else 4 * tokens * (d // 2 if work.rope == "half" else d)
-    return calls, 3 * elements + angle_bytes
-
-
-def run_work(inputs: list[torch.Tensor], options: dict[str, Any], schedule: Schedule | None) -> list[Any]:
-    if schedule is None:
-        return [rotate_quantize(x, **options) for x in inputs]
-    choose = rotate_quantize_triton.choose
-    rotate_quantize_triton.choose = lambda *_, **__: schedule
-    try:
-        return [rotate_quantize(x, **options) for x in inputs]
-    finally:
-        rotate_quantize_triton.choose = choose
-
-
-def check_times(numbers: list[int]) -> list[dict[str, Any]]:
-    bandwidth = copy_bandwidth()
-    times = []
-    for work in (works()[number] for number in numbers):
-        calls, nbytes = calls_of(work)
-        floor = nbytes / bandwidth * 1e6
-        elapsed = graph_time(calls)
-        times.append(
-            {
-                "work": work.name,
-                "us": round(elapsed, 2),
-                "floor_us": round(floor, 2),
-                "share_of_floor": round(floor / elapsed, 3),
-            }
-        )
-    return times
-
-
-def candidates() -> list[tuple[int, Schedule]]:
-    """Schedules of the works that are below what they should reach: the number of the work and a schedule."""
-    plain = [
-        *(Schedule(tile, warps) for tile, warps in ((64, 4), (128, 4), (64, 8), (128, 8))),
-        *(Schedule(64, 4, stages, programs) for stages in (2, 3) for programs in (4, 5)),
-        Schedule(128, 4, 2, 3),
-        Schedule(128, 8, 2, 2),
-    ]
-    rope = [
-        *(Schedule(tile, 4, heads=heads) for tile in (64, 128) for heads in (2, 4, 8)),
-        *(Schedule(64, 4, heads=heads, registers=128) for heads in (1, 2, 4, 8)),
-        *(Schedule(64, 4, stages, 4, 4, 128) for stages in (2, 3)),
-        *(Schedule(tile, 8) for tile in (64, 128)),
-        *(
-            Schedule(64, 4, stages, programs, heads)
-            for stages, programs in ((2, 3), (3, 3))
-            for heads in (2, 4)
-        ),
-        Schedule(128, 8, 2, 1),
-    ]
-    wide = [
-        *(Schedule(tile, warps) for tile, warps in ((64, 4), (64, 8), (128, 8))),
-        *(Schedule(64, 8, stages, programs) for stages, programs in ((2, 2), (2, 3), (3, 2))),
-        Schedule(128, 8, 2, 1),
-    ]
-    found = {0: plain, 2: plain[:6], 6: rope, 11: wide}
-    return [(number, schedule) for number, schedules in found.items() for schedule in schedules]
-
-
-def compile_work(number: int, schedule: Schedule | None = None) -> None:
-    """Compile into Triton's cache, from where the process that times loads it."""
-    calls_of(works()[number], schedule, copies=1)[0][0]()
-    torch.cuda.synchronize()
-
-
 def pool_of_processes() -> ProcessPoolExecutor:
     """Compiling takes the time: several processes share the GPU."""
     return ProcessPoolExecutor(min(14, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
 
 
-def tune() -> None:
-    """Time the candidates of the works that matter most."""
-    jobs = candidates()
-    with pool_of_processes() as pool:
-        futures = [pool.submit(compile_work, *job) for job in jobs]
-    bandwidth = copy_bandwidth()
-    results: dict[int, list[tuple[float, str]]] = {}
-    for (number, schedule), future in zip(jobs, futures, strict=True):
-        if future.exception() is not None:
-            share, what = 0.0, f"{schedule}: {future.exception()!r}"[:150]
-        else:
-            calls, nbytes = calls_of(works()[number], schedule)
-            share, what = nbytes / bandwidth * 1e6 / graph_time(calls, repeats=5), str(schedule)
-        results.setdefault(number, []).append((share, what))
-    for number, entries in results.items():
-        print(works()[number].name)
-        for share, what in sorted(entries, reverse=True):
-            print(f"  {share:.3f} {what}")
-
-
 def sanitize() -> None:
     """A few small problems of every kind, for compute-sanitizer."""
     torch.use_deterministic_algorithms(True)
-    for number in range(16):
+    variants = [random_variant(random.Random(number)) for number in range(16)] + NAMED_VARIANTS[-2:]
+    for number, variant in enumerate(variants):
         draw = random.Random(number)
         torch.manual_seed(number)
-        variant = random_variant(draw)
         assert run_case(draw, variant, *draw_case(draw, variant)) <= 1
     torch.cuda.synchronize()
-    print("sanitize: 16 variants ran")
+    print(f"sanitize: {len(variants)} variants ran")
 
 
 def main(
@@ -554,17 +403,12 @@ def main(
     sanitize_only: Annotated[
         bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
     ] = False,
-    tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
     if sanitize_only:
         return sanitize()
-    if tune_only:
-        return tune()
-    report: dict[str, Any] = {
-        **about_this_run("python scripts/check_rotate_quantize_gpu.py"),
-    }
+    report: dict[str, Any] = about_this_run("python scripts/check_rotate_quantize_gpu.py")
     checks = {
         "nan_and_infinity_stay_visible": check_not_finite,
         "repeats_are_identical": check_repeats,
@@ -572,7 +416,6 @@ def main(
     }
     with pool_of_processes() as pool:
         futures: dict[str, Future[bool]] = {name: pool.submit(check) for name, check in checks.items()}
-        compiled = [pool.submit(compile_work, number) for number in range(len(works()))]
         report["random_cases"] = summary_of(
             list(pool.map(run_variant, range(VARIANTS + len(NAMED_VARIANTS))))
         )
@@ -584,17 +427,9 @@ def main(
         report[name] = error is None and future.result()
         if not report[name]:
             failed.append(name)
-    for work, compilation in zip(works(), compiled, strict=True):
-        if compilation.exception() is not None:
-            print(f"{work.name}: {compilation.exception()!r}")
-            failed.append(work.name)
-    right = [number for number, compilation in enumerate(compiled) if compilation.exception() is None]
-    report["times"] = check_times(right)
     report["failed"] = failed
     write_report(report, json_file)
-    print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
-    for entry in report["times"]:
-        print("{share_of_floor:.3f} of the floor, {us} us  {work}".format(**entry))
+    print(json.dumps(report, indent=1))
     if failed:
         raise SystemExit(f"failed: {failed}")
     print("all right")

@@ -1,6 +1,6 @@
 """How the work of rotate_quantize's kernel is cut: what was fastest on an H100.
 
-Measured by ``scripts/check_rotate_quantize_gpu.py --tune``, from bf16, at 128 and 256 elements a head.
+Measured by ``scripts/benchmark_rotate_quantize.py --tune``, from bf16, at 128 and 256 elements a head.
 """
 
 from typing import NamedTuple
