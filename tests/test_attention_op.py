@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import E4M3, exact_attention, is_within_bounds, make_problem, masks
+from attention_exact import E4M3, exact_attention, is_within_bounds, make_problem, masks
 from torch.library import opcheck
 
 from hf_hadacore.errors import FormatError, UnsupportedError
@@ -155,7 +155,10 @@ def test_opcheck():
         (E4M3, "block", (vector, vector + 140, vector + 137, sinks, offset)),
     ]:
         problem = make_problem(2, 4, 2, 3, 150, 64, dtype=dtype, granularity=granularity)
-        opcheck(ops.default, (*problem, 0.125, True, 9, 2.0, *extras, torch.float16), test_utils=test_utils)
+        mask = torch.ones(3, 150) if granularity == "block" else None
+        opcheck(
+            ops.default, (*problem, 0.125, True, 9, 2.0, *extras, torch.float16, mask), test_utils=test_utils
+        )
 
 
 def test_compiles_in_one_graph():
@@ -171,8 +174,9 @@ def test_compiles_in_one_graph():
 def test_missing_gradient_is_an_error():
     problem = make_problem(2, 4, 2, 9, 60, 64)
     problem.query_scale.requires_grad_()
-    with pytest.raises(UnsupportedError, match="no gradient"):
-        attention_8bit(*problem, scale=0.125).sum().backward()
+    for mask in (None, torch.ones(9, 60)):
+        with pytest.raises(UnsupportedError, match="no gradient"):
+            attention_8bit(*problem, scale=0.125, mask=mask).sum().backward()
 
 
 def test_refuses_what_does_not_fit():

@@ -34,7 +34,7 @@ torch.library.define(
     "hf_hadacore::attention_8bit",
     "(Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale, "
     "float scale, bool is_causal, int window, float softcap, Tensor? key_start, Tensor? key_end, "
-    "Tensor? query_start, Tensor? sinks, Tensor? logit_offset, ScalarType out_dtype) -> Tensor",
+    "Tensor? query_start, Tensor? sinks, Tensor? logit_offset, ScalarType out_dtype, Tensor? mask) -> Tensor",
 )
 
 
@@ -97,14 +97,8 @@ def attention_8bit(
     tensors = (query, key, value, query_scale, key_scale, value_scale)
     masks = (key_start, key_end, query_start, sinks, logit_offset)
     options = (scale, is_causal, window, softcap)
-    if mask is not None:
-        _check(*tensors, *options, *masks, out_dtype)
-        _check_mask(query, key, mask)
-        if query.is_cuda:
-            _notify("a mask that is neither causal nor an interval of keys for each sequence")
-        return attention_8bit_reference(*tensors, *options, *masks, out_dtype, mask)
     op = _cuda if goes_straight(query) else torch.ops.hf_hadacore.attention_8bit
-    return op(*tensors, *options, *masks, out_dtype)
+    return op(*tensors, *options, *masks, out_dtype, mask)
 
 
 def interleave_tokens(values: torch.Tensor) -> torch.Tensor:
@@ -168,7 +162,7 @@ def attention_8bit_reference(
 
     Args:
         query, key, value, query_scale, key_scale, value_scale, scale, is_causal, window, softcap, key_start,
-            key_end, query_start, sinks, logit_offset, mask, out_dtype: as in `attention_8bit`.
+            key_end, query_start, sinks, logit_offset, out_dtype, mask: as in `attention_8bit`.
     """
     batch, heads, tokens, d = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
@@ -275,6 +269,7 @@ def _check(
     sinks,
     logit_offset,
     out_dtype,
+    mask,
 ) -> None:
     if query.dim() != 4 or query.dtype not in QUERY_DTYPES:
         raise FormatError(
@@ -328,6 +323,8 @@ def _check(
         raise FormatError(f"softcap: expected a positive number, or 0 for none, found {softcap}")
     if out_dtype not in OUT_DTYPES:
         raise FormatError(f"out_dtype: expected one of {OUT_DTYPES}, found {out_dtype}")
+    if mask is not None:
+        _check_mask(query, key, mask)
 
 
 def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> None:
@@ -345,7 +342,7 @@ def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> N
 def _fake(query, *arguments):
     _check(query, *arguments)
     batch, heads, tokens, d = query.shape
-    return query.new_empty((batch, tokens, heads, d), dtype=arguments[-1])
+    return query.new_empty((batch, tokens, heads, d), dtype=arguments[-2])
 
 
 @torch.library.impl("hf_hadacore::attention_8bit", "default")
@@ -390,10 +387,11 @@ def _cuda(
     sinks,
     logit_offset,
     out_dtype,
+    mask,
 ):
     tensors = (query, key, value, query_scale, key_scale, value_scale)
     masks = (key_start, key_end, query_start, sinks, logit_offset)
-    _check(*tensors, scale, is_causal, window, softcap, *masks, out_dtype)
+    _check(*tensors, scale, is_causal, window, softcap, *masks, out_dtype, mask)
     batch, heads, tokens, d = query.shape
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros((batch, tokens, heads, d), dtype=out_dtype, device=query.device)
@@ -408,7 +406,9 @@ def _cuda(
         sinks=sinks,
         logit_offset=logit_offset,
     )
-    if _has_fp8(query.device):
+    if mask is not None:
+        _notify("a mask that is neither causal nor an interval of keys for each sequence")
+    elif _has_fp8(query.device):
         for kernel in map(_kernel, _KERNELS):
             if kernel is not None and kernel.fits(query, key, value, **options):
                 out = torch.empty((batch, tokens, heads, d), dtype=out_dtype, device=query.device)
@@ -418,7 +418,7 @@ def _cuda(
         _notify(f"no kernel for head_dim {d}, {heads} heads on {key.shape[1]}")
     else:
         _notify(f"{torch.cuda.get_device_name(query.device)} has no 8-bit floats")
-    return attention_8bit_reference(*tensors, scale, is_causal, window, softcap, *masks, out_dtype)
+    return attention_8bit_reference(*tensors, scale, is_causal, window, softcap, *masks, out_dtype, mask)
 
 
 torch.library.impl("hf_hadacore::attention_8bit", "cuda", _cuda)
