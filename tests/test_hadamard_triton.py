@@ -1,7 +1,7 @@
 """The Hadamard kernels without a GPU: emulated for their results, compiled for what they become."""
 
 import re
-from itertools import product
+from itertools import groupby, product
 from math import prod
 
 import pytest
@@ -146,6 +146,22 @@ def test_every_schedule(n):
         assert in_floors(transformed(x, schedule=schedule), exact) <= 1.01
 
 
+@pytest.mark.parametrize("n", [8192, 5120, 11008])
+def test_programs_that_share_rows(n):
+    steps = schedules.steps_of(hadamard_factors(n))
+    found = schedules.split_candidates(steps.heads, steps.column_bits)
+    assert found and all(each.split > 1 for each in found)
+    x = random_rows(3, n, torch.float16)
+    exact = exact_transform(x, n, True) * n**-0.5
+    for schedule in found[::2]:
+        y = transformed(x, schedule=schedule, transpose=True)
+        assert in_floors(y, exact) <= 1.01
+        # In place a program would read what another has written.
+        exact_back = exact_transform(y, n) * n**-0.5
+        hadamard_triton.launch(y, y, factors=hadamard_factors(n), scale=n**-0.5, schedule=schedule)
+        assert in_floors(y, exact_back) <= 1.01
+
+
 @pytest.mark.parametrize("n", [4096, 16384, 32768, 3072, 10240, 11008, 13824, 14336])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_in_shared_memory(n, dtype):
@@ -163,17 +179,17 @@ def test_hopper_where_measured_faster():
     def chosen(n, is_small):
         steps = schedules.steps_of(hadamard_factors(n))
         found = schedules.choose_hopper(steps.heads, steps.column_bits, is_small)
-        return found and (found.rows, found.matrix_rows, found.residents, found.stages)
+        return found and (found.rows, found.matrix_rows, found.residents, found.stages, found.parts)
 
     assert {n: chosen(n, False) for n in (32768, 28672, 11008, 18944, 13824, 8960)} == {
-        32768: (1, 128, 1, 3),
-        28672: (1, 128, 1, 3),
-        11008: (2, 64, 1, 3),
-        18944: (2, 64, 1, 2),
-        13824: (1, 128, 2, 3),
-        8960: (2, 64, 1, 4),
+        32768: (1, 128, 1, 3, 2),
+        28672: (1, 128, 1, 3, 2),
+        11008: (2, 64, 1, 3, 1),
+        18944: (2, 64, 1, 2, 1),
+        13824: (1, 128, 2, 3, 1),
+        8960: (2, 64, 1, 4, 1),
     }
-    assert chosen(13824, True) == (1, 128, 1, 4)
+    assert chosen(13824, True) == (1, 128, 1, 4, 1)
     for n in (128, 4096, 16384, 5120, 10240, 14336):
         assert chosen(n, False) is None
 
@@ -240,6 +256,7 @@ def compile_rows(n: int, dtype: torch.dtype, has_sign: bool = False, capability:
         TERMS_2=3 if is_wide else 2,
         UNIT=8,
         UNROLLED=schedule.is_unrolled,
+        SPLIT=schedule.split,
         PDL=has_pdl,
     )
     options = {"launch_pdl": True} if has_pdl else {}
@@ -283,12 +300,19 @@ def test_rows_in_shared_memory_compile(tmp_path, n):
             ROWS=schedule.rows,
             MATRIX_ROWS=schedule.matrix_rows,
             STAGES=schedule.stages,
+            PARTS=schedule.parts,
             PDL=True,
         )
         options = {"num_warps": hadamard_triton._HOPPER_WARPS, "launch_pdl": True}
         asm = compile_for(90, hadamard_hopper.hopper_kernel, arguments, **options)
         ptx = asm["ptx"]
-        assert len(re.findall(r"wgmma\.mma_async", ptx)) == -(-schedule.matrix // 16) * schedule.tiles
+        products = schedule.tiles * schedule.parts
+        assert len(re.findall(r"wgmma\.mma_async", ptx)) == -(-schedule.matrix // 16) * products
+        # Every product but the first is begun before the results of the one before it are worked on.
+        order = re.findall(r"wgmma\.mma_async|wgmma\.wait_group|mma\.sync", ptx)
+        begin, wait, work = "wgmma.mma_async", "wgmma.wait_group", "mma.sync"
+        expected = [begin, *[wait, work, begin] * (products - 2), *[wait, work] * min(2, products)]
+        assert [name for name, _ in groupby(order)] == expected
         assert "mma.sync.aligned.m16n8k16" in ptx and "shfl.sync.bfly" not in ptx
         assert resources(asm["cubin"], tmp_path).stack <= 32
         # 16 bytes in, 8 out; nothing but signs is read from shared memory by threads.

@@ -308,11 +308,13 @@ def rows_kernel(
     TERMS_2: gl.constexpr,
     UNIT: gl.constexpr,
     UNROLLED: gl.constexpr,
+    SPLIT: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """out = scale * (x * sign) H^T, rows of M * 2^COLUMN_BITS elements, ROWS of them in a program.
+    """out = scale * (x * sign) H^T, rows of M * 2^COLUMN_BITS elements, ROWS of them in SPLIT programs.
 
-    Rows of x and out are s_x * UNIT and s_out * UNIT elements apart. out may be x.
+    Rows of x and out are s_x * UNIT and s_out * UNIT elements apart. SPLIT divides the number of tiles; if it
+    is 1, out may be x.
     """
     if PDL:
         launch_dependents()
@@ -320,20 +322,44 @@ def rows_kernel(
         COLUMN_BITS, log2(ROWS), log2(gl.num_warps()), "mixed" if MIXED else "rows"
     )
     n: gl.constexpr = M << COLUMN_BITS
-    tiles: gl.constexpr = (M + 15) // 16
-    i_tile = gl.program_id(0)
+    tiles: gl.constexpr = (M + 15) // 16 // SPLIT
+    i_tile = gl.program_id(0) // SPLIT
+    i_first = gl.program_id(0) % SPLIT * tiles
     if PDL:
         wait_for_previous()
     operands = load_operands(p_x, p_sign, rows, s_x.to(gl.int64) * UNIT, i_tile, plan, M, n, TERMS_1)
     if UNROLLED:
         for i in gl.static_range(tiles):
+            i_matrix = i_first + i
             transform_and_store(
-                operands, p_out, p_h, rows, s_out.to(gl.int64) * UNIT, scale, i_tile, i, plan, M, n, TERMS_2
+                operands,
+                p_out,
+                p_h,
+                rows,
+                s_out.to(gl.int64) * UNIT,
+                scale,
+                i_tile,
+                i_matrix,
+                plan,
+                M,
+                n,
+                TERMS_2,
             )
     else:
-        for i in range(tiles):
+        for i_matrix in range(i_first, i_first + tiles):
             transform_and_store(
-                operands, p_out, p_h, rows, s_out.to(gl.int64) * UNIT, scale, i_tile, i, plan, M, n, TERMS_2
+                operands,
+                p_out,
+                p_h,
+                rows,
+                s_out.to(gl.int64) * UNIT,
+                scale,
+                i_tile,
+                i_matrix,
+                plan,
+                M,
+                n,
+                TERMS_2,
             )
 
 

@@ -136,30 +136,45 @@ def copy_rows(
     s_x,
     i_tile,
     START: gl.constexpr,
+    PART: gl.constexpr,
     M: gl.constexpr,
     C_BITS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Matrix rows START ... of ROWS rows of x, ``[2^bits, ROWS * C]``; what does not exist becomes 0.
+    """Matrix rows START ... of a part of the columns of ROWS rows of x; what does not exist becomes 0.
 
     The instruction fills what is masked with zeros, which Triton's own pipelines count on.
     """
     layout: gl.constexpr = copy_layout(s_piece.shape[0], s_piece.shape[1], gl.num_warps())
     o_k = START + outer_offsets(layout, s_piece.shape[0])
-    o_column = inner_offsets(layout, s_piece.shape[1])
+    o_column = PART * s_piece.shape[1] + inner_offsets(layout, s_piece.shape[1])
     o_row = i_tile.to(gl.int64) * ROWS + o_column // (1 << C_BITS)
     o_x = o_row * s_x + o_column % (1 << C_BITS) + o_k * (1 << C_BITS)
     copy_to_shared(s_piece, p_x + o_x, mask=(o_row < rows) & (o_k < M))
 
 
 @gluon.jit
-def apply_sign(s_piece, p_sign, START: gl.constexpr, M: gl.constexpr, C_BITS: gl.constexpr):
+def apply_sign(
+    s_piece, p_sign, START: gl.constexpr, PART: gl.constexpr, M: gl.constexpr, C_BITS: gl.constexpr
+):
     """Multiply what this thread has copied."""
     layout: gl.constexpr = copy_layout(s_piece.shape[0], s_piece.shape[1], gl.num_warps())
     o_k = START + outer_offsets(layout, s_piece.shape[0])
-    o_sign = o_k * (1 << C_BITS) + inner_offsets(layout, s_piece.shape[1]) % (1 << C_BITS)
+    o_column = PART * s_piece.shape[1] + inner_offsets(layout, s_piece.shape[1])
+    o_sign = o_k * (1 << C_BITS) + o_column % (1 << C_BITS)
     b_sign = gl.load(p_sign + o_sign, mask=o_k < M, other=0.0)
     s_piece.store(s_piece.load(layout) * b_sign)
+
+
+@gluon.jit
+def start_product(
+    s_hs, s_xs, i_matrix: gl.constexpr, i_x, mma: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr
+):
+    """Rows of H_m times columns of x, ``[HEIGHT, WIDTH]``; each piece is a group to wait for."""
+    b_y = gl.zeros([HEIGHT, WIDTH], gl.float32, layout=mma)
+    for i in gl.static_range(len(s_hs)):
+        b_y = warpgroup_mma(s_hs[i].index(i_matrix), s_xs[i].index(i_x), b_y, is_async=True)
+    return b_y
 
 
 @gluon.jit
@@ -181,6 +196,32 @@ def transform_columns(b_y, C_BITS: gl.constexpr, ROW_BITS: gl.constexpr, MATRIX_
     return gl.convert_layout(b_y, store_layout(C_BITS, ROW_BITS, MATRIX_BITS), assert_trivial=True)
 
 
+@gluon.jit
+def store_rows(
+    b_y,
+    p_out,
+    rows,
+    s_out,
+    i_tile,
+    i_matrix,
+    PART: gl.constexpr,
+    M: gl.constexpr,
+    C_BITS: gl.constexpr,
+    PART_BITS: gl.constexpr,
+    ROW_BITS: gl.constexpr,
+    MATRIX_BITS: gl.constexpr,
+):
+    """Round and store results that `transform_columns` gave, of a part of 2^PART_BITS columns."""
+    layout: gl.constexpr = store_layout(PART_BITS, ROW_BITS, MATRIX_BITS)
+    o_row = (i_tile.to(gl.int64) << ROW_BITS) + outer_offsets(layout, 1 << ROW_BITS)
+    o_n = inner_offsets(layout, 1 << (MATRIX_BITS + PART_BITS))
+    if PART_BITS < C_BITS:
+        o_n = (o_n >> PART_BITS << C_BITS) + (PART << PART_BITS) + o_n % (1 << PART_BITS)
+    o_n += i_matrix * (1 << (MATRIX_BITS + C_BITS))
+    m = (o_row < rows) & (o_n < M << C_BITS)
+    gl.store(p_out + o_row * s_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m)
+
+
 # Alignment follows from the unit: no need to compile for every number that 16 divides.
 @gluon.jit(do_not_specialize=["rows", "s_x", "s_out"])
 def hopper_kernel(
@@ -197,31 +238,35 @@ def hopper_kernel(
     ROWS: gl.constexpr,
     MATRIX_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """out = scale * (x * sign) H^T, rows of M * 2^C_BITS 16-bit elements, ROWS of them at a time.
 
     p_h: H_M, ``[M rounded up to MATRIX_ROWS (64 or 128), M rounded up to 16]``, zeros around. Rows of x and
-    out are s_x * 8 and s_out * 8 elements apart and begin at multiples of 16 bytes. out may be x.
+    out are s_x * 8 and s_out * 8 elements apart and begin at multiples of 16 bytes. out may be x. PARTS = 2,
+    which needs ROWS = 1 and MATRIX_ROWS >= M, makes two products of a row, each of half of the columns.
     """
     if PDL:
         launch_dependents()
     pieces: gl.constexpr = pieces_of(M)
     tiles: gl.constexpr = (M + MATRIX_ROWS - 1) // MATRIX_ROWS
     k: gl.constexpr = (M + 15) // 16 * 16
-    columns: gl.constexpr = ROWS << C_BITS
+    # Columns of a product, and their bits of a row.
+    columns: gl.constexpr = (ROWS << C_BITS) // PARTS
+    c_bits: gl.constexpr = C_BITS + 1 - PARTS
+    row_bits: gl.constexpr = log2(ROWS)
     matrix_bits: gl.constexpr = log2(MATRIX_ROWS)
     dtype: gl.constexpr = p_x.dtype.element_ty
     warps: gl.constexpr = warps_of(MATRIX_ROWS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps, [16, columns // warps[1], 16])
-    layout: gl.constexpr = store_layout(C_BITS, log2(ROWS), matrix_bits)
     s_x = s_x.to(gl.int64) * 8
     s_out = s_out.to(gl.int64) * 8
     s_hs = ()
     s_xs = ()
     for i in gl.static_range(len(pieces)):
         s_hs += (allocate(dtype, tiles, MATRIX_ROWS, 1 << pieces[i][1]),)
-        s_xs += (allocate(dtype, STAGES, 1 << pieces[i][1], columns),)
+        s_xs += (allocate(dtype, STAGES * PARTS, 1 << pieces[i][1], columns),)
         copy_matrix(s_hs[i], p_h, k, pieces[i][0], MATRIX_ROWS)
     if PDL:
         wait_for_previous()
@@ -229,30 +274,49 @@ def hopper_kernel(
     for stage in gl.static_range(STAGES - 1):
         for i in gl.static_range(len(pieces)):
             i_tile = gl.program_id(0) + stage * programs
-            copy_rows(s_xs[i].index(stage), p_x, rows, s_x, i_tile, pieces[i][0], M, C_BITS, ROWS)
+            for part in gl.static_range(PARTS):
+                s_piece = s_xs[i].index(stage * PARTS + part)
+                copy_rows(s_piece, p_x, rows, s_x, i_tile, pieces[i][0], part, M, C_BITS, ROWS)
         async_copy.commit_group()
     i_stage = 0
     for i_tile in range(gl.program_id(0), (rows + ROWS - 1) // ROWS, programs):
         async_copy.wait_group(STAGES - 2)
         if p_sign is not None:
             for i in gl.static_range(len(pieces)):
-                apply_sign(s_xs[i].index(i_stage), p_sign, pieces[i][0], M, C_BITS)
+                for part in gl.static_range(PARTS):
+                    s_piece = s_xs[i].index(i_stage * PARTS + part)
+                    apply_sign(s_piece, p_sign, pieces[i][0], part, M, C_BITS)
         fence_async_shared()
         # Everybody's copies are there, and nobody reads the stage before any more.
         barrier()
         i_free = i_stage + STAGES - 1 if i_stage == 0 else i_stage - 1
         for i in gl.static_range(len(pieces)):
             i_next = i_tile + (STAGES - 1) * programs
-            copy_rows(s_xs[i].index(i_free), p_x, rows, s_x, i_next, pieces[i][0], M, C_BITS, ROWS)
+            for part in gl.static_range(PARTS):
+                s_piece = s_xs[i].index(i_free * PARTS + part)
+                copy_rows(s_piece, p_x, rows, s_x, i_next, pieces[i][0], part, M, C_BITS, ROWS)
         async_copy.commit_group()
-        for i_matrix in gl.static_range(tiles):
-            b_y = gl.zeros([MATRIX_ROWS, columns], gl.float32, layout=mma)
-            for i in gl.static_range(len(pieces)):
-                b_y = warpgroup_mma(s_hs[i].index(i_matrix), s_xs[i].index(i_stage), b_y, is_async=True)
-            b_y = warpgroup_mma_wait(0, deps=(b_y,))
-            b_y = transform_columns(b_y, C_BITS, log2(ROWS), matrix_bits) * scale
-            o_row = i_tile.to(gl.int64) * ROWS + outer_offsets(layout, ROWS)
-            o_n = i_matrix * (MATRIX_ROWS << C_BITS) + inner_offsets(layout, MATRIX_ROWS << C_BITS)
-            m = (o_row < rows) & (o_n < M << C_BITS)
-            gl.store(p_out + o_row * s_out + o_n, b_y.to(dtype), mask=m)
+        # The tensor cores begin with the next product while the results of one are worked on.
+        b_next = start_product(s_hs, s_xs, 0, i_stage * PARTS, mma, MATRIX_ROWS, columns)
+        for i_product in gl.static_range(tiles * PARTS):
+            b_y = b_next
+            if i_product + 1 < tiles * PARTS:
+                i_x = i_stage * PARTS + (i_product + 1) % PARTS
+                b_next = start_product(s_hs, s_xs, (i_product + 1) // PARTS, i_x, mma, MATRIX_ROWS, columns)
+                b_y = warpgroup_mma_wait(len(pieces), deps=(b_y,))
+            else:
+                b_y = warpgroup_mma_wait(0, deps=(b_y,))
+            b_y = transform_columns(b_y, c_bits, row_bits, matrix_bits) * scale
+            if PARTS == 1:
+                store_rows(
+                    b_y, p_out, rows, s_out, i_tile, i_product, 0, M, C_BITS, c_bits, row_bits, matrix_bits
+                )
+            elif i_product == 0:
+                b_first = b_y
+            else:
+                b_sum, b_difference = b_first + b_y, b_first - b_y
+                store_rows(b_sum, p_out, rows, s_out, i_tile, 0, 0, M, C_BITS, c_bits, row_bits, matrix_bits)
+                store_rows(
+                    b_difference, p_out, rows, s_out, i_tile, 0, 1, M, C_BITS, c_bits, row_bits, matrix_bits
+                )
         i_stage = 0 if i_stage == STAGES - 1 else i_stage + 1

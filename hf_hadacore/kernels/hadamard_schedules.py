@@ -49,6 +49,8 @@ class Schedule(NamedTuple):
         is_mixed: the matrix index is made of low bits (see `hadamard_layouts.Plan`); for powers of two from
             256 on, with m = 16.
         is_unrolled: the loop over 16 rows of H_m is unrolled.
+        split: programs that share rows, each of which reads all of them and makes its part of the result: for
+            few rows; a divisor of the number of 16 rows of H_m. Not in place.
     """
 
     matrix: int
@@ -57,6 +59,7 @@ class Schedule(NamedTuple):
     num_warps: int
     is_mixed: bool
     is_unrolled: bool
+    split: int = 1
 
 
 class HopperSchedule(NamedTuple):
@@ -69,6 +72,8 @@ class HopperSchedule(NamedTuple):
         matrix_rows: of H_m in one product: 64, where the two groups of warps share the columns, or 128.
         stages: of shared memory, each for `rows` rows.
         residents: programs that share a processor; its registers hold the sums of two small products.
+        parts: 2 makes a product of each half of a row's columns, so that the tensor cores work on one while
+            the results of the other are worked on; several `tiles` do this anyway.
     """
 
     matrix: int
@@ -77,6 +82,7 @@ class HopperSchedule(NamedTuple):
     matrix_rows: int
     stages: int
     residents: int
+    parts: int = 1
 
     @property
     def tiles(self) -> int:
@@ -174,12 +180,13 @@ def choose_hopper(heads: tuple[int, ...], column_bits: int, is_small: bool) -> H
 def hopper_candidates(heads: tuple[int, ...], column_bits: int) -> list[HopperSchedule]:
     """Schedules that fit a Hopper processor, the most promising first."""
     found = [
-        HopperSchedule(prod(heads) << bits, column_bits - bits, rows, matrix_rows, stages, residents)
+        HopperSchedule(prod(heads) << bits, column_bits - bits, rows, matrix_rows, stages, residents, parts)
         for bits in range(column_bits + 1)
         for rows in (1, 2, 4, 8)
         for matrix_rows in (64, 128)
         for stages in (2, 3, 4)
         for residents in (1, 2)
+        for parts in (1, 2)
     ]
     # The last one of equal ones has the most stages.
     fitting = {each._replace(stages=0): each for each in found if _fits_hopper(each)}
@@ -191,6 +198,7 @@ def hopper_candidates(heads: tuple[int, ...], column_bits: int) -> list[HopperSc
             round(each.cycles, 1),
             -each.residents,
             each.stages < 3,
+            -each.parts,
             -(each.rows << each.column_bits) * each.matrix_rows,
             each.cycles,
         ),
@@ -209,6 +217,11 @@ def _fits_hopper(schedule: HopperSchedule) -> bool:
         # Both groups of warps have rows, or both have columns.
         and (schedule.matrix_rows == 128 or schedule.rows > 1)
         and schedule.tiles * schedule.residents <= 3
+        # Two programs' registers do not hold two parts, nor are halves of fewer columns worth a product.
+        and (
+            schedule.parts == 1
+            or (columns == 256 and schedule.rows == schedule.tiles == schedule.residents == 1)
+        )
         and (schedule.shared_bytes + 1024) * schedule.residents <= _SHARED_BYTES
         and schedule.cycles <= 0.31
     )
@@ -252,8 +265,28 @@ def candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
         found = [
             schedule(m, c, columns, min_warps, is_unrolled=m <= _LIGHT_MATRIX)
             for columns in (32, 64)
-            # A thread's share of x and of one tile of the result must fit its registers.
-            if (m + 47) // 16 * columns <= 640
+            if _fits_registers(m, columns)
             for min_warps in (2, 4)
         ]
+    found += split_candidates(heads, column_bits)
     return [each for each in dict.fromkeys(found) if each.column_bits > 3 or each.rows >= 16]
+
+
+def split_candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
+    """Schedules for few long rows."""
+    found = []
+    for bits in range(column_bits - _PRODUCT_BITS):
+        m, c = prod(heads) << bits, column_bits - bits
+        tiles = -(-m // 16)
+        if not 2 <= tiles <= MAX_MATRIX // 16 or m << c < 1 << 12 or c > 9:
+            continue
+        for columns in (32, 64):
+            if _fits_registers(m, columns):
+                unsplit = schedule(m, c, columns, 1)
+                found.append(unsplit._replace(split=tiles))
+    return found
+
+
+def _fits_registers(m: int, columns: int) -> bool:
+    """Whether a thread's share of x and of one tile of the result does."""
+    return (m + 47) // 16 * columns <= 640

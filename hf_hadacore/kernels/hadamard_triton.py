@@ -99,21 +99,23 @@ def _transform_rows(
     orders = (*steps.heads, schedule.matrix // prod(steps.heads))
     sizes = (rows, x.stride(0) // unit, out.stride(0) // unit, scale)
     programs = -(-rows // schedule.rows)
+    if isinstance(schedule, schedules.Schedule) and x.data_ptr() == out.data_ptr():
+        schedule = schedule._replace(split=1)
     m, c = schedule.matrix, schedule.column_bits
     if isinstance(schedule, schedules.HopperSchedule):
         matrix = _padded_matrix(orders, schedule.matrix_rows, transpose, x.dtype, x.device)
-        constants = (m, c, schedule.rows, schedule.matrix_rows, schedule.stages)
+        constants = (m, c, schedule.rows, schedule.matrix_rows, schedule.stages, schedule.parts)
         programs = min(programs, schedule.residents * processors_of(x.device.index or 0))
         _run(hopper_kernel, (x, out, matrix, sign), sizes, constants, programs, _HOPPER_WARPS)
         return
     matrix = _packed_matrix(orders, schedule.is_mixed, transpose, x.dtype, x.device)
-    options = (schedule.is_mixed, terms, later_terms, unit, schedule.is_unrolled)
+    options = (schedule.is_mixed, terms, later_terms, unit, schedule.is_unrolled, schedule.split)
     _run(
         rows_kernel,
         (x, out, matrix, sign),
         sizes,
         (m, c, schedule.rows, *options),
-        programs,
+        programs * schedule.split,
         schedule.num_warps,
     )
 
