@@ -1,7 +1,7 @@
 """The Hadamard transform beside a copy, a dense product and every peer that can be imported, in one run.
 
     python scripts/benchmark_hadamard.py --json scripts/results/hadamard.json
-    python scripts/benchmark_hadamard.py --tune --json hadamard_tune.json
+    python scripts/benchmark_hadamard.py --tune --json scripts/results/hadamard_tune.json
 
 Times are microseconds of a call, medians of CUDA-graph replays. Cold calls rotate through enough inputs to
 leave the L2 cache behind, hot calls transform the same small input again and again. Beside both stands
@@ -17,6 +17,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,13 +54,17 @@ OTHERS = (
     28672,
     29568,
 )
-# Sizes that show what other dtypes cost, and sizes that also transform a lot.
-BRIEF = (1024, 8192, 14336)
-LARGE = (1024, 8192, 32768, 14336)
+# Sizes that also transform the most elements.
+LARGE = (128, 1024, 8192, 32768, 14336)
+# Sizes that show what fp32 costs.
+WIDE = (1024, 8192, 14336)
+# Sizes that do not reach what they should: few rows that are hot (the first two), many that are cold.
+TUNED = (4096, 8192, 8960, 11008, 18944, 28672, 32768)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HOT_ELEMENTS = 1 << 20
 COLD_ELEMENTS = 1 << 25
-LARGE_ELEMENTS = 1 << 27
+COUNTS = tuple(1 << k for k in range(20, 26))
+LARGE_COUNTS = (1 << 26, 1 << 27)
 # Larger matrices make no sense dense.
 MAX_DENSE = 1024
 _HOT_CALLS = 20
@@ -202,8 +207,9 @@ def label(schedule: Schedule) -> str:
     """m * 2^c, rows, and what else tells a size's candidates apart."""
     text = f"{schedule.matrix}*2^{schedule.column_bits} r{schedule.rows}"
     if isinstance(schedule, schedules.HopperSchedule):
-        return f"{text} hopper{schedule.matrix_rows} {schedule.residents}x{schedule.stages}"
-    return f"{text} w{schedule.num_warps}"
+        parts = " halves" if schedule.parts > 1 else ""
+        return f"{text} hopper{schedule.matrix_rows} {schedule.residents}x{schedule.stages}{parts}"
+    return f"{text} w{schedule.num_warps}" + (f" split{schedule.split}" if schedule.split > 1 else "")
 
 
 def print_best(results: list[dict[str, Any]]) -> None:
@@ -215,15 +221,32 @@ def print_best(results: list[dict[str, Any]]) -> None:
             f"{row['label']} {row['share_of_copy']:.3f}/{row['times_copy_hot']:.2f}"
             for row in (
                 *sorted(timed, key=lambda row: row["cold_us"])[:4],
-                *sorted(timed, key=lambda row: row["hot_us"])[:2],
+                *sorted(timed, key=lambda row: row["hot_us"])[:3],
             )
         ]
         print(f"{n} ({len(timed)}, {wrong} wrong): " + " | ".join(cells))
 
 
-def compile_ahead(job: tuple[int, str, int]) -> None:
-    n, dtype, elements = job
-    x = random_rows(n, elements, DTYPES[dtype])
+def problems_of(sizes: list[int], dtypes: list[str]) -> list[tuple[int, str, int]]:
+    """Size, dtype and number of elements of everything to measure."""
+    problems = []
+    for n, dtype in product(sizes, dtypes):
+        if dtype == "fp32":
+            counts = (COLD_ELEMENTS,) * (n in WIDE)
+        elif dtype == "bf16" and n in POWERS:
+            counts = COUNTS
+        else:
+            counts = (HOT_ELEMENTS, COLD_ELEMENTS)
+        if dtype == "bf16" and n in LARGE:
+            counts += LARGE_COUNTS
+        problems += [(n, dtype, count) for count in counts]
+    return problems
+
+
+def compile_ahead(job: tuple[int, str, bool]) -> None:
+    """Compile what few or many rows take for the disk's cache."""
+    n, dtype, is_small = job
+    x = random_rows(n, schedules.SMALL if is_small else 2 * schedules.SMALL, DTYPES[dtype])
     ours(n)(x, torch.empty_like(x))
     torch.cuda.synchronize()
 
@@ -232,11 +255,10 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
     """One size and count, everybody."""
     x = random_rows(n, elements, DTYPES[dtype])
     transforms = {"ours": ours(n)}
-    if elements < LARGE_ELEMENTS:
-        if n <= MAX_DENSE:
-            transforms["dense"] = dense(n, DTYPES[dtype])
-        if n & (n - 1) == 0:
-            transforms |= peers(n)
+    if n <= MAX_DENSE and elements in (HOT_ELEMENTS, COLD_ELEMENTS):
+        transforms["dense"] = dense(n, DTYPES[dtype])
+    if n & (n - 1) == 0:
+        transforms |= peers(n)
     row: dict[str, Any] = {"n": n, "dtype": dtype, "elements": x.numel(), "us": {}, "hot_us": {}}
     row["bandwidth_us"] = round(2 * x.nbytes / bandwidth * 1e6, 2)
     row["us"]["copy"] = round(copy_time(cold_calls(copy, x)), 2)
@@ -246,7 +268,7 @@ def measure(n: int, dtype: str, elements: int, bandwidth: float) -> dict[str, An
         row["hot_us"]["copy"] = round(copy_time(hot_calls(copy, x)), 2)
         for name, transform in transforms.items():
             row["hot_us"][name] = round(graph_time(hot_calls(transform, x), _REPEATS), 2)
-    if elements < LARGE_ELEMENTS:
+    if elements in (HOT_ELEMENTS, COLD_ELEMENTS):
         y = torch.full_like(x, float("nan"))
         transforms["ours"](x, y)
         last = max(1, HOT_ELEMENTS // n)
@@ -273,37 +295,36 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def main(
-    sizes: Annotated[str, typer.Option(help="n, separated by commas.")] = ",".join(map(str, POWERS + OTHERS)),
-    dtypes: Annotated[
-        str, typer.Option(help="bf16, fp16, fp32; all but the first briefly.")
-    ] = "bf16,fp16,fp32",
-    tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules (first dtype).")] = False,
+    sizes: Annotated[str, typer.Option(help="n, separated by commas; all by default.")] = "",
+    dtypes: Annotated[str, typer.Option(help="bf16, fp16, fp32; tuning takes the first.")] = "bf16,fp16,fp32",
+    tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
-    all_sizes, all_dtypes = list(map(int, sizes.split(","))), dtypes.split(",")
-    command = f"python scripts/benchmark_hadamard.py --sizes {sizes} --dtypes {dtypes}"
+    all_sizes = list(map(int, sizes.split(","))) if sizes else list(TUNED if tune_only else POWERS + OTHERS)
+    all_dtypes = dtypes.split(",")
+    command = "python scripts/benchmark_hadamard.py" + " --tune" * tune_only
+    command += f" --sizes {sizes}" if sizes else ""
+    report = about_this_run(f"{command} --dtypes {dtypes}")
     bandwidth = copy_bandwidth()
-    report = about_this_run(command + " --tune" * tune_only)
     report["copy_bandwidth_tb_per_s"] = round(bandwidth / 1e12, 3)
     if tune_only:
         report["schedules"] = tune(all_sizes, all_dtypes[0], bandwidth)
         print_best(report["schedules"])
     else:
-        first, *others = all_dtypes
-        problems = [(n, first, count) for n in all_sizes for count in (HOT_ELEMENTS, COLD_ELEMENTS)]
-        problems += [(n, first, LARGE_ELEMENTS) for n in LARGE if n in all_sizes]
-        problems += [(n, dtype, COLD_ELEMENTS) for n in BRIEF for dtype in others if n in all_sizes]
-        failed = in_processes(compile_ahead, problems)
+        problems = problems_of(all_sizes, all_dtypes)
+        kernels = list(dict.fromkeys((n, dtype, count <= schedules.SMALL) for n, dtype, count in problems))
+        failed = dict(zip(kernels, in_processes(compile_ahead, kernels), strict=True))
         # The first graph of a run has been wrong by a factor of 3.
-        copy_times(all_sizes[0], first)
+        copy_times(all_sizes[0], all_dtypes[0])
         report["rows"] = []
-        for problem, error in zip(problems, failed, strict=True):
+        for n, dtype, count in problems:
+            error = failed[n, dtype, count <= schedules.SMALL]
             if error is None:
-                report["rows"].append(measure(*problem, bandwidth))
+                report["rows"].append(measure(n, dtype, count, bandwidth))
             else:
-                print(f"{problem}: {error}")
+                print(f"{n} {dtype}: {error}")
         print_rows(report["rows"])
     write_report(report, json_file)
 
