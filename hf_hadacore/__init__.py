@@ -1,17 +1,20 @@
 """HadaCore: int4 weights and rotated 8-bit attention for Hugging Face Transformers.
 
-Importing this package registers the "hadacore" quantization method with transformers.
+Importing this package registers the "hadacore" quantization method and attention with transformers.
 """
 
 from . import compat, errors
 from ._version import __version__
 from .config import QUANT_METHOD, HadaCoreConfig
+from .generation import use_quantized_caches
 from .kernels.hadamard import hadamard_transform
 from .kernels.rotate_quantize import rotate_quantize
+from .kv_cache import HadaCoreCache
 from .linear import HadaCoreLinear
 from .quantizer import HadaCoreHfQuantizer
 
 __all__ = [
+    "HadaCoreCache",
     "HadaCoreConfig",
     "HadaCoreHfQuantizer",
     "HadaCoreLinear",
@@ -22,3 +25,4 @@ __all__ = [
 ]
 
 compat.register(QUANT_METHOD, HadaCoreConfig, HadaCoreHfQuantizer)
+use_quantized_caches()

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -43,6 +44,28 @@ def register(method: str, config_class: type, quantizer_class: type) -> None:
     # Without this a user's `dequantize=True` is ignored on a checkpoint that has a config of its own.
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)  # type: ignore[assignment]
+
+
+class Quantizer(HfQuantizer):
+    """A quantizer that is shown the model's config before the model is made."""
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Hook since 5.18."""
+        self.choose_attention(config)
+        return config
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Hook up to 5.20, and the only one of 5.17 that gets the config."""
+        config = super().update_tp_plan(config)  # type: ignore[misc]
+        self.choose_attention(config)
+        return config
+
+    def choose_attention(self, config: PreTrainedConfig) -> None:
+        """Set the attention implementation, where the user has not.
+
+        Args:
+            config: the model's.
+        """
 
 
 class _QuantizeOp(ConversionOps):

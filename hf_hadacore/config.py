@@ -52,8 +52,9 @@ class HadaCoreConfig(QuantizationConfigMixin):
         method: "rtn" rounds each weight to the nearest grid point of a searched scale. "gptq"
             needs calibration data and is not available yet.
         act_order: quantize columns by falling activation energy; needs method="gptq".
-        attention: 8-bit attention mode, "fp8" or "int8-fp8"; not available yet. None keeps the
-            model's attention.
+        attention: 8-bit attention and key/value cache, "fp8" or "int8-fp8", unless `from_pretrained` is given
+            an `attn_implementation`. May be set when loading a checkpoint that was saved without. None keeps
+            the model's (or checkpoint's) attention.
         modules_to_not_convert: names (or regexes) of modules to leave in full precision, in addition
             to the output head and tied modules. A name also covers the modules below it.
         add_default_skips: False makes `modules_to_not_convert` replace the defaults instead of
@@ -172,10 +173,6 @@ class HadaCoreConfig(QuantizationConfigMixin):
             raise UnsupportedError(
                 'act_order=True needs method="gptq", which is not available in this version'
             )
-        if self.attention is not None:
-            raise UnsupportedError(
-                f"attention={self.attention!r} is not available in this version; use attention=None"
-            )
 
     @staticmethod
     def matches(pattern: str, module_name: str) -> bool:
@@ -221,8 +218,12 @@ class HadaCoreConfig(QuantizationConfigMixin):
         )
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """The options that a user may change when loading a quantized checkpoint."""
-        return {"dequantize": self.dequantize, "cuda_graphs": self.cuda_graphs}
+        """The options that a user may change when loading a quantized checkpoint.
+
+        `attention=None` is what a config says that is about something else, and leaves the checkpoint's.
+        """
+        options = {"dequantize": self.dequantize, "cuda_graphs": self.cuda_graphs}
+        return options if self.attention is None else {**options, "attention": self.attention}
 
 
 _OPTIONS = tuple(name for name in HadaCoreConfig.__init__.__annotations__ if name != "unknown")

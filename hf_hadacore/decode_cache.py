@@ -40,6 +40,7 @@ class Progress:
         decoding: whether one token is added per step, at `position`.
         limit: tokens that the current `generate` call can add up to.
         position: int64 ``[1]``, tokens seen so far; made by `start_decoding`, advanced on the device.
+        counters: what else counts steps on the device.
         allocations: how often a layer's buffers were (re)allocated; graphs captured before are void.
     """
 
@@ -47,7 +48,13 @@ class Progress:
         self.decoding = False
         self.limit = 0
         self.position: Any = None
+        self.counters: list[torch.Tensor] = []
         self.allocations = 0
+
+    def advance(self) -> None:
+        """Move on by a step, on the device."""
+        for counter in (self.position, *self.counters):
+            counter.add_(1)
 
 
 class DecodeLayer(CacheLayerMixin):
@@ -80,19 +87,33 @@ class DecodeLayer(CacheLayerMixin):
     def size(self) -> int:
         return min(self.window, self.capacity)
 
+    @property
+    def end(self) -> int:
+        """The length up to which tokens can be added in decoding without `make_room`."""
+        return self.capacity
+
+    @property
+    def masks_in_graph(self) -> bool:
+        """Whether a graph can make the mask: that of a window depends on a number that only Python knows."""
+        return not self.is_sliding
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for a first batch of tokens, in the buffers of an earlier `generate` call if they fit."""
         wanted = self._capacity_for(key_states.shape[-2])
         if self._fits(key_states, value_states) and wanted <= self.capacity <= 4 * wanted:
             # What a masked token's value holds is multiplied by zero, which must not give NaN.
-            self.keys.zero_()
-            self.values.zero_()
+            for buffer in self.buffers():
+                buffer.zero_()
         else:
             self.keys = self.values = None
             self._allocate(wanted, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
         self.is_initialized = True
+
+    def buffers(self) -> list[torch.Tensor]:
+        """What holds the tokens."""
+        return [self.keys, self.values]
 
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         if self.keys is None:
@@ -114,6 +135,13 @@ class DecodeLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros((*key_states.shape[:2], self.size, key_states.shape[-1]))
         self.values = value_states.new_zeros((*value_states.shape[:2], self.size, value_states.shape[-1]))
         self.progress.allocations += 1
+
+    def start_decoding(self) -> None:
+        """Called before the first step."""
+
+    def make_room(self) -> None:
+        """Let the buffers hold one more token."""
+        self.grow(self.length + 1)
 
     def grow(self, length: int) -> None:
         """Move to larger buffers if there is no room for `length` tokens."""
@@ -189,6 +217,10 @@ class DecodeLayer(CacheLayerMixin):
         """-1: there is no maximum."""
         return -1
 
+    def reset(self) -> None:
+        """Forget all tokens; the buffers are kept."""
+        self.length = 0
+
     def contents(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values that a next token sees, ``[B, H, min(length, window - 1), D]``."""
         held = min(self.length, self.size)
@@ -205,7 +237,7 @@ class DecodeCache(DynamicCache):
         keep: whether `finish` has to leave behind a cache that does not depend on the buffers.
 
     Attributes:
-        has_window: whether a layer has a sliding window.
+        masks_in_graph: whether a graph can make every layer's mask.
     """
 
     layers: list[Any]
@@ -219,9 +251,9 @@ class DecodeCache(DynamicCache):
         self.progress.limit = limit
         self.keep = keep
         self.in_use = True
-        self.has_window = any(layer.is_sliding for layer in layers)
+        self.masks_in_graph = all(layer.masks_in_graph for layer in layers)
         for layer in layers:
-            layer.length = 0
+            layer.reset()
 
     @property
     def is_decoding(self) -> bool:
@@ -235,17 +267,21 @@ class DecodeCache(DynamicCache):
             progress.allocations += 1
         progress.position.fill_(layer.length)
         progress.decoding = True
+        for layer in self.layers:
+            layer.start_decoding()
+        self._end = min(layer.end for layer in self.layers)
 
     def make_room(self) -> None:
         """Let the buffers hold the next token; to be called before its mask is made."""
-        first = self.layers[0]
-        # All layers have the same length and capacity.
-        if first.length == first.capacity:
+        # All layers have the same length.
+        if self.layers[0].length == self._end:
             for layer in self.layers:
-                layer.grow(layer.length + 1)
+                if layer.length == layer.end:
+                    layer.make_room()
+            self._end = min(layer.end for layer in self.layers)
 
     def finish(self, config: PreTrainedConfig) -> None:
-        """Give the buffers back. A cache that is kept becomes a `DynamicCache` with the same contents.
+        """Give the buffers back. A cache that is kept becomes a dynamic one with the same contents.
 
         Args:
             config: the model's.
@@ -254,17 +290,44 @@ class DecodeCache(DynamicCache):
         self.in_use = False
         if not self.keep:
             return
-        held, self.layers = self.layers, list(DynamicCache(config=config).layers)
-        for layer, source in zip(self.layers, held, strict=True):
+        dynamic = self.as_dynamic(config)
+        self.__dict__.clear()
+        self.__dict__.update(dynamic.__dict__)
+        self.__class__ = type(dynamic)  # type: ignore[assignment]
+
+    def as_dynamic(self, config: PreTrainedConfig) -> DynamicCache:
+        """A dynamic cache with the same contents, in memory of its own.
+
+        Args:
+            config: the model's.
+        """
+        cache = DynamicCache(config=config)
+        for layer, source in zip(cache.layers, self.layers, strict=True):
+            assert isinstance(layer, DynamicLayer)
             layer.update(*source.contents())
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = source.length
-        del self.progress, self.keep, self.in_use, self.has_window
-        self.__class__ = DynamicCache  # type: ignore[assignment]
+        return cache
 
 
 def decode_layers(config: PreTrainedConfig) -> list[DecodeLayer] | None:
     """The cache layers of a model, empty.
+
+    Args:
+        config: the model's.
+
+    Returns:
+        None if the model needs other kinds of layers than full and sliding-window attention.
+    """
+    windows = layer_windows(config)
+    if windows is None:
+        return None
+    progress = Progress()
+    return [DecodeLayer(window, progress) for window in windows]
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None] | None:
+    """The sliding window of every layer of a model, None where there is none.
 
     Args:
         config: the model's.
@@ -279,13 +342,12 @@ def decode_layers(config: PreTrainedConfig) -> list[DecodeLayer] | None:
         return None
     dynamic = DynamicCache(config=config).layers
     static = StaticCache(config=text_config, max_cache_len=_NO_WINDOW).layers
-    progress = Progress()
-    layers = []
+    windows: list[int | None] = []
     for layer, twin in zip(dynamic, static, strict=True):
         if type(layer) is DynamicLayer and type(twin) is StaticLayer:
-            layers.append(DecodeLayer(None, progress))
+            windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer and type(twin) is StaticSlidingWindowLayer:
-            layers.append(DecodeLayer(layer.sliding_window, progress))
+            windows.append(layer.sliding_window)
         else:
             return None
-    return layers or None
+    return windows or None

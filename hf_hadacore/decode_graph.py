@@ -97,7 +97,7 @@ def run_step(model: Any, cache: DecodeCache, inputs: dict[str, Any]) -> ModelOut
     """
     with decode_attention(model.config):
         output = model(past_key_values=cache, **inputs)
-    cache.progress.position.add_(1)
+    cache.progress.advance()
     return output
 
 

@@ -7,6 +7,7 @@ processing, sampling, stopping and streaming stay transformers' own, and what ca
 ordinary path.
 """
 
+import functools
 import sys
 import threading
 import weakref
@@ -21,8 +22,10 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 
-from .decode_cache import DecodeCache, decode_layers
+from .attention_interface import find_intervals
+from .decode_cache import DecodeCache, decode_layers, layer_windows
 from .decode_graph import CudaCapture, Session, UnsupportedInput, run_step
+from .kv_cache import HadaCoreCache, QuantizedDecodeCache, attention_mode, quantized_layers
 
 logger = logging.get_logger(__name__)
 
@@ -151,6 +154,9 @@ class DecodeGraphs:
             return "output_attentions and output_hidden_states are not supported"
         if model_kwargs.get("past_key_values") is not None:
             return "past_key_values was given"
+        mask = model_kwargs.get("attention_mask")
+        if attention_mode(self._model.config) and mask is not None and _has_gaps(mask):
+            return "the attention mask has gaps, or padding on the right"
         if self._failure is not None and self._failed_fingerprint == _fingerprint(self._model):
             return self._failure
         return model_obstacle(self._model)
@@ -159,12 +165,14 @@ class DecodeGraphs:
         model = self._model
         fingerprint = _fingerprint(model)
         session = self._session
+        is_quantized = attention_mode(model.config) is not None
         # A cache that is still in use (another thread, a custom loop that has kept it) keeps its session.
         if session is None or session.fingerprint != fingerprint or _in_use(self._last_cache()):
-            layers = decode_layers(model.config)
+            layers = (quantized_layers if is_quantized else decode_layers)(model.config)
             assert layers is not None, "checked by model_obstacle"
-            self._session = session = Session(layers, fingerprint)
-        cache = DecodeCache(session.layers, limit=limit, keep=keep)
+            self._session = session = Session(list(layers), fingerprint)
+        kind = QuantizedDecodeCache if is_quantized else DecodeCache
+        cache = kind(session.layers, limit=limit, keep=keep)
         cache.session = session  # type: ignore[attr-defined]
         self._last_cache = self._thread.cache = weakref.ref(cache)
         return cache
@@ -217,7 +225,7 @@ class DecodeGraphs:
         return create(*args, **kwargs)
 
     def _masks_in_graph(self, cache: DecodeCache) -> bool:
-        return not cache.has_window and self._model.config._attn_implementation != "eager"
+        return cache.masks_in_graph and self._model.config._attn_implementation != "eager"
 
     def prepare_inputs_for_generation(
         self,
@@ -288,8 +296,64 @@ def _tell(reason: str) -> None:
 
 
 def _in_use(cache: Any) -> bool:
-    # One that was kept has become a DynamicCache.
+    # One that was kept has become a dynamic one.
     return isinstance(cache, DecodeCache) and cache.in_use
+
+
+def _has_gaps(attention_mask: torch.Tensor) -> bool:
+    """Whether decoding needs more of a mask than where each sequence starts."""
+    if attention_mask.dim() != 2:
+        return True
+    (_, end), _, has_gaps = find_intervals(attention_mask.bool())
+    return has_gaps or bool((end != attention_mask.shape[1]).any())
+
+
+def use_quantized_caches() -> None:
+    """Have `generate` make a `HadaCoreCache` for every model with 8-bit attention, from now on.
+
+    transformers asks nobody which cache a model's attention can read, and models that were not loaded by
+    this package have no hooks of ours. All other models, and whoever names a cache, get what they got.
+    """
+    make_cache = GenerationMixin._prepare_cache_for_generation
+
+    @functools.wraps(make_cache)
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if attention_mode(self.config) is not None and _takes_default_cache(
+            self, generation_config, model_kwargs
+        ):
+            if layer_windows(self.config) is not None:
+                is_offloaded = generation_config.cache_implementation == "offloaded"
+                model_kwargs["past_key_values"] = HadaCoreCache(self.config, offloading=is_offloaded)
+                if generation_config.is_assistant:
+                    model_kwargs["past_key_values"].activate_past_recording()
+                return
+            logger.warning_once(
+                f"HadaCore: {type(self).__name__} needs other cache layers than full and sliding-window "
+                "attention; its keys and values are quantized again at every step"
+            )
+        make_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    if not hasattr(make_cache, "__wrapped__"):
+        GenerationMixin._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[method-assign, assignment]
+
+
+def _takes_default_cache(
+    model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> bool:
+    return (
+        generation_config.use_cache is not False
+        and generation_config.cache_implementation in (None, "dynamic", "offloaded")
+        and model_kwargs.get("past_key_values") is None
+        and not model.config.is_encoder_decoder
+        and model._supports_default_dynamic_cache()
+    )
 
 
 def model_obstacle(model: Any) -> str | None:
@@ -305,7 +369,7 @@ def model_obstacle(model: Any) -> str | None:
         return "encoder-decoder models are not supported"
     if model.training:
         return "the model is in training mode"
-    if not model._can_compile_fullgraph or decode_layers(model.config) is None:
+    if not model._can_compile_fullgraph or layer_windows(model.config) is None:
         return f"{type(model).__name__} is not supported"
     if is_flash_attention_requested(model.config) or model.config._attn_implementation == "flex_attention":
         return f"attn_implementation={model.config._attn_implementation!r} is not supported; use 'sdpa'"

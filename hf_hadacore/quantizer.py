@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat, int4, integrity
@@ -14,6 +13,7 @@ from .errors import CheckpointError, ConfigError, QuantizationError, Unsupported
 from .experts import HadaCoreExperts, dequantize_experts, swap_experts
 from .fusion import fuse, joined_layers, unfuse
 from .generation import disable_cuda_graphs, enable_cuda_graphs
+from .kv_layer import ATTENTION_NAMES
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
 from .linear_group import compile_ahead
@@ -26,7 +26,7 @@ _TOKENS_COMPILED_AHEAD = (1, 128)
 _SUFFIXES = ("", "_scale", "_zero")
 
 
-class HadaCoreHfQuantizer(HfQuantizer):
+class HadaCoreHfQuantizer(compat.Quantizer):
     """Makes `from_pretrained` load models with int4 weights.
 
     Full-precision checkpoints are quantized while they load, weight by weight; checkpoints saved by this
@@ -72,6 +72,17 @@ class HadaCoreHfQuantizer(HfQuantizer):
         device = torch.cuda.current_device()
         logger.info(f"HadaCore: no device_map given, loading on cuda:{device}")
         return {"": device}
+
+    def choose_attention(self, config: PreTrainedConfig) -> None:
+        """8-bit attention of the text model if the options say so, and `from_pretrained` nothing else."""
+        mode = self.quantization_config.attention
+        text_config: Any = config.get_text_config(decoder=True)
+        if (
+            mode is not None
+            and not self.quantization_config.dequantize
+            and text_config._attn_implementation is None
+        ):
+            text_config._attn_implementation = ATTENTION_NAMES[mode]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Scales, activations and what stays in full precision are fp16, bf16 or fp32.

@@ -76,3 +76,24 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
             tensor.copy_(computed[id(tensor)])
 
     return replay, outputs
+
+
+class CountedCaptures:
+    """Stands in for `hf_hadacore.decode_graph.CudaCapture`, and counts."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    @staticmethod
+    def rehearse(function: Callable[[], Any]) -> tuple[Any, str | None]:
+        return function(), None
+
+    def capture(self, function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        replay, output = record(function, device)
+        self.captures += 1
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted, output

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from graph_recorder import record
+from graph_recorder import CountedCaptures
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_model, token_ids
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin
@@ -28,31 +28,10 @@ from hf_hadacore.generation import DecodeGraphs, disable_cuda_graphs, enable_cud
 pytestmark = pytest.mark.transformers_versions
 
 
-class Calls:
-    """Stands in for `CudaCapture`."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = 0
-
-    @staticmethod
-    def rehearse(function):
-        return function(), None
-
-    def capture(self, function, device):
-        replay, output = record(function, device)
-        self.captures += 1
-
-        def counted() -> None:
-            self.replays += 1
-            replay()
-
-        return counted, output
-
-
 @pytest.fixture
-def calls(monkeypatch) -> Calls:
+def calls(monkeypatch) -> CountedCaptures:
     """Graphs on the CPU, counted."""
-    counted = Calls()
+    counted = CountedCaptures()
     monkeypatch.setattr(DecodeGraphs, "device_types", ("cpu",))
     monkeypatch.setattr(DecodeGraphs, "capture", counted)
     return counted

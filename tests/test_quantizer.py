@@ -364,7 +364,7 @@ def test_missing_shards_and_indexes_that_contradict_them(llama_dir, tmp_path, wh
         ("group_size", "128", "group_size must be an integer"),
         ("bitz", 4, "did you mean 'bits'"),
         ("format_version", 7, "format_version 7 is newer"),
-        ("attention", "fp8", "not available"),
+        ("attention", "fp9", "attention must be one of"),
     ],
 )
 def test_hostile_saved_configs(llama_dir, tmp_path, field, value, message):

@@ -1,0 +1,100 @@
+"""The 8-bit key/value cache of `attn_implementation="hadacore"`, which `generate` uses with it."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from .decode_cache import DecodeCache, Progress, layer_windows
+from .errors import ConfigError, UnsupportedError
+from .kv_layer import ATTENTION_NAMES, KEY_DTYPES, Cursor, HadaCoreLayer
+
+
+class HadaCoreCache(DynamicCache):
+    """An 8-bit key/value cache, for models with `attn_implementation="hadacore"` or "hadacore-int8-fp8".
+
+    `generate` makes one of its own accord; with `past_key_values=HadaCoreCache(model.config)` it can be kept
+    between calls. As in `DynamicCache` tokens are added without a limit, and `crop`, `reorder_cache`,
+    `batch_repeat_interleave` and `batch_select_indices` change what is held.
+
+    Args:
+        config: the model's.
+        mode: "fp8" or "int8-fp8"; None for that of the model's attention.
+        offloading: keep layers without a window on the CPU, except while they are read.
+        offload_only_non_sliding: False keeps those with a window there, too.
+
+    Raises:
+        ConfigError: there is no such mode.
+        UnsupportedError: the model has layers other than full and sliding-window attention.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        mode: str | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+    ):
+        super().__init__(offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self.layer_class_to_replicate = None
+        self.layers = quantized_layers(config, mode)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: its buffers move as they grow. `hf_hadacore.generation` has one for CUDA graphs."""
+        return False
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a token in all layers together, scales included; 0 before the first."""
+        return sum(layer.bytes_per_token for layer in self.layers)
+
+
+class QuantizedDecodeCache(DecodeCache):
+    """A `DecodeCache` of 8-bit layers."""
+
+    def as_dynamic(self, config: PreTrainedConfig) -> DynamicCache:
+        cache = HadaCoreCache(config)
+        cache.layers = copy.deepcopy(self.layers)
+        return cache
+
+
+def attention_mode(config: PreTrainedConfig) -> str | None:
+    """The mode of a model's attention, "fp8" or "int8-fp8"; None if it is not 8-bit.
+
+    Args:
+        config: the model's.
+    """
+    implementation = config.get_text_config(decoder=True)._attn_implementation
+    return next((mode for mode, name in ATTENTION_NAMES.items() if name == implementation), None)
+
+
+def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[HadaCoreLayer]:
+    """The layers of an 8-bit cache, empty.
+
+    Args:
+        config, mode: as for `HadaCoreCache`.
+
+    Raises:
+        ConfigError, UnsupportedError: as there.
+    """
+    mode = mode or attention_mode(config) or "fp8"
+    if mode not in KEY_DTYPES:
+        raise ConfigError(f"mode must be one of {tuple(KEY_DTYPES)}, got {mode!r}")
+    windows = layer_windows(config)
+    if windows is None:
+        raise UnsupportedError(
+            f"{type(config).__name__} needs other cache layers than full and sliding-window attention, which "
+            "have no 8-bit form; use transformers' DynamicCache"
+        )
+    progress = Progress()
+    cursors: dict[int | None, Cursor] = {}
+    layers = []
+    for window in windows:
+        leads = window not in cursors
+        cursor = cursors.setdefault(window, Cursor(progress))
+        layers.append(HadaCoreLayer(window, progress, cursor, leads, KEY_DTYPES[mode]))
+    return layers
