@@ -4,7 +4,7 @@ transformers keeps all experts of a layer in one module with 3-D Parameters, e.g
 ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` (gpt-oss: transposed, with biases).
 Here each becomes ``<name>`` int32 ``[E, N, K/8]``, ``<name>_scale`` ``[E, N, ceil(K/g)]`` and
 ``<name>_zero``, output-major whatever the model's own order. The forward pass calls a linear op once per
-expert that was hit; for few tokens on a Hopper GPU it calls one op for all of them.
+expert that was hit; on a Hopper GPU it calls one op for all of them.
 """
 
 from functools import cache
@@ -20,9 +20,6 @@ from .kernels.w4a16_experts import slots_by_expert, w4a16_experts
 from .kernels.w4a16_tiled import w4a16_tiled
 from .tile_order import TileOrdered, may_reorder_weights
 
-# Up to this many choices of experts one launch takes all of them; with more of them each expert has enough
-# tokens for a product of its own.
-_MAX_GROUPED_SLOTS = 256
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -112,8 +109,7 @@ class HadaCoreExperts(TileOrdered):
             self.prepare()
         choices, expert_index = top_k_index.shape[1], top_k_index.reshape(-1)
         # One slot per (token, choice), summed in a fixed order: no atomics, the same bits every run.
-        is_decoding = len(expert_index) <= _MAX_GROUPED_SLOTS and not self._needs_gradient(hidden_states)
-        if self._is_tiled and is_decoding:
+        if self._is_tiled and not self._needs_gradient(hidden_states):
             output = self._grouped_outputs(hidden_states, expert_index)
             weighted = output.unflatten(0, top_k_index.shape) * top_k_weights[..., None]
             return weighted.to(hidden_states.dtype).sum(dim=1)

@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import typer
@@ -32,14 +33,13 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_hadacore import experts as experts_module
 from hf_hadacore import int4
 from hf_hadacore.experts import HadaCoreExperts, dequantize_experts, swap_experts
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels.measure import copy_bandwidth, graph_time
 from hf_hadacore.kernels.w4a16_experts import choose_schedule, launch, slots_by_expert
 from hf_hadacore.kernels.w4a16_launch import processors_of
-from hf_hadacore.kernels.w4a16_schedules import SkinnySchedule
+from hf_hadacore.kernels.w4a16_schedules import PrefillSchedule, Schedule, SkinnySchedule, WideSchedule
 from hf_hadacore.kernels.w4a16_tiles import to_tiles
 
 VARIANTS = 28
@@ -47,7 +47,6 @@ CASES_OF_A_VARIANT = 6
 REPEATS = 200
 TOKENS = (1, 4, 16)
 CALLS = 12
-GROUPED_SLOTS = 256
 
 
 class Shape(NamedTuple):
@@ -110,7 +109,7 @@ def exact_outputs(x: torch.Tensor, problem: Problem, index: torch.Tensor) -> tor
     return exact
 
 
-def error_of(x: torch.Tensor, problem: Problem, index: torch.Tensor, schedule: SkinnySchedule) -> float:
+def error_of(x: torch.Tensor, problem: Problem, index: torch.Tensor, schedule: Schedule) -> float:
     """The error of the kernel in floors; infinite if a sentinel's row is not zero."""
     n = problem.tensors[0].shape[1]
     out = torch.full((len(index), n), float("nan"), device="cuda", dtype=x.dtype)
@@ -170,7 +169,7 @@ def run_shape(name: str, tokens: int) -> float:
     for (n, k), rows in zip(shape.projections, (tokens, tokens * shape.chosen), strict=True):
         problem = random_problem(shape.experts, n, k, 128, False, torch.bfloat16, shape.has_bias)
         index = route(shape, tokens).flatten()
-        schedule = choose_schedule(len(index), shape.experts, n, k, processors_of(0))
+        schedule = choose_schedule(len(index), shape.experts, n, k, processors_of(0), 128)
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         errors.append(error_of(x, problem, index, schedule))
     return max(errors, key=lambda error: (error != error, error))
@@ -248,25 +247,42 @@ def random_inputs(shape: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def check_layer(make: Callable[[], nn.Module], shape: Shape) -> dict[str, Any]:
-    """A whole module: as right as the loop over its experts, the same bits every time and from a graph."""
+def through_loop(
+    module: HadaCoreExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The module's forward pass as it is for training: one expert after the other."""
+    with patch.object(type(module), "_needs_gradient", lambda module, x: True):
+        return module(x, index, weights)
+
+
+@torch.no_grad()
+def check_layer(
+    make: Callable[[], nn.Module], shape: Shape, counts: tuple[int, int] = (4, 16), repeats: int = REPEATS
+) -> dict[str, Any]:
+    """A whole module: as right as the loop over its experts, the same bits every time and from a graph.
+
+    Args:
+        make: an empty module.
+        shape: of its experts.
+        counts: tokens of two batches; of the first, errors and graph replays are looked at.
+        repeats: of both.
+    """
     module = int4_experts(make)
     exact_module: Any = copy.deepcopy(module)
     dequantize_experts(exact_module, torch.float64)
     exact_module.double().config._experts_implementation = "eager"
-    batches = [random_inputs(shape, tokens) for tokens in (4, 16)]
+    batches = [random_inputs(shape, tokens) for tokens in counts]
     x, index, weights = batches[0]
     exact = exact_module(x.double(), index, weights.double())
     del exact_module
-    errors = {}
-    for path, most_slots in (("grouped", GROUPED_SLOTS), ("loop", 0)):
-        experts_module._MAX_GROUPED_SLOTS = most_slots
-        errors[path] = float((module(x, index, weights).double() - exact).norm() / exact.norm())
-    experts_module._MAX_GROUPED_SLOTS = GROUPED_SLOTS
+    errors = {
+        path: float((run(x, index, weights).double() - exact).norm() / exact.norm())
+        for path, run in (("grouped", module), ("loop", partial(through_loop, module)))
+    }
     first = [module(*batch) for batch in batches]
     repeated = all(
         torch.equal(module(*batch), y)
-        for _ in range(REPEATS)
+        for _ in range(repeats)
         for batch, y in zip(batches, first, strict=True)
     )
     static = tuple(value.clone() for value in batches[0])
@@ -275,7 +291,7 @@ def check_layer(make: Callable[[], nn.Module], shape: Shape) -> dict[str, Any]:
         output = module(*static)
     replayed = True
     for _ in range(5):
-        batch = random_inputs(shape, 4)
+        batch = random_inputs(shape, counts[0])
         for target, value in zip(static, batch, strict=True):
             target.copy_(value)
         graph.replay()
@@ -283,7 +299,7 @@ def check_layer(make: Callable[[], nn.Module], shape: Shape) -> dict[str, Any]:
     return {
         "relative_error": {path: round(error, 6) for path, error in errors.items()},
         "is_as_exact_as_the_loop": errors["grouped"] <= 1.05 * errors["loop"],
-        "repeats": REPEATS,
+        "repeats": repeats,
         "bit_identical": repeated,
         "graph_replays_equal_eager": replayed,
     }
@@ -358,7 +374,8 @@ def sanitize() -> None:
         (torch.float16, 32, False, 20, 2),
         (torch.bfloat16, -1, False, 40, 2),
     ):
-        for schedule in (SkinnySchedule(8, 64, 3, 2, 4), SkinnySchedule(16, 128, 5, 2, 8)):
+        sorted_slots = (WideSchedule(64, 5, 3, 4), PrefillSchedule(128, 5, 4))
+        for schedule in (SkinnySchedule(8, 64, 3, 2, 4), SkinnySchedule(16, 128, 5, 2, 8), *sorted_slots):
             problem = random_problem(3, 192, 640, group_size, symmetric, dtype, has_bias=True)
             x = torch.randn(rows, 640, device="cuda", dtype=dtype)
             index = torch.randint(-1, 4, (rows * choices,), device="cuda")
@@ -379,9 +396,10 @@ def main(
         raise SystemExit("this check needs a Hopper GPU")
     if sanitize_only:
         return sanitize()
-    # Whatever the module's default: this is the path to be checked.
-    experts_module._MAX_GROUPED_SLOTS = GROUPED_SLOTS
+    # What `check_experts_prefill_gpu.py` has measured stays.
+    written = json.loads(json_file.read_text()) if json_file is not None and json_file.exists() else {}
     report: dict[str, Any] = {
+        **({"prefill": written["prefill"]} if "prefill" in written else {}),
         **about_this_run("python scripts/check_experts_gpu.py", "transformers"),
         "products": check_products(),
         "layers": {

@@ -2,6 +2,10 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +17,16 @@ from torch import nn
 from torch.library import opcheck
 from transformers import AutoModelForCausalLM
 
-from hf_hadacore import HadaCoreConfig, experts, int4, tile_order
+from hf_hadacore import HadaCoreConfig, int4, tile_order
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.experts import HadaCoreExperts, dequantize_experts
 from hf_hadacore.int4 import Int4Weight
+from hf_hadacore.kernels import w4a16_schedules as schedules
 from hf_hadacore.kernels.w4a16_experts import choose_schedule, w4a16_experts
 from hf_hadacore.kernels.w4a16_tiles import is_tileable, to_tiles
 
 EXPERTS, OUTPUTS, INPUTS = 4, 128, 256
+TESTS = Path(__file__).parent
 
 
 def tiled_experts(group_size: int = 128, symmetric: bool = False, dtype: torch.dtype = torch.float16):
@@ -100,15 +106,48 @@ def test_wrong_arguments_are_named():
 
 
 @given(
-    st.integers(1, 2000), st.integers(1, 256), st.integers(1, 450), st.integers(1, 224), st.integers(8, 200)
+    st.integers(1, 10) | st.integers(1, 100_000),
+    st.integers(1, 256),
+    st.integers(1, 450),
+    st.integers(1, 224),
+    st.integers(8, 200),
+    st.sampled_from(int4.GROUP_SIZES),
 )
 @settings(deadline=None, max_examples=300)
-def test_every_schedule_can_run(slots, count, row_tiles, k_tiles, processors):
-    schedule = choose_schedule(slots, count, 64 * row_tiles, 128 * k_tiles, processors)
+def test_every_schedule_can_run(slots, count, row_tiles, k_tiles, processors, group_size):
+    schedule = choose_schedule(slots, count, 64 * row_tiles, 128 * k_tiles, processors, group_size)
     split = -(-k_tiles // schedule.tiles)
     assert (split - 1) * schedule.tiles < k_tiles, "a program without work"
-    assert 1 <= schedule.stages <= schedule.tiles
-    assert schedule.tiles * schedule.block_m * 256 <= 227 * 1024
+    if isinstance(schedule, schedules.SkinnySchedule):
+        assert 1 <= schedule.stages <= schedule.tiles
+        assert schedule.tiles * schedule.block_m * 256 <= 227 * 1024
+        assert slots <= 256 and schedule.block_m == 8
+    else:
+        assert split == 1 and schedule.slots * schedule.block_m * 256 < 227 * 1024
+        assert schedule._replace(tiles=0) in schedules.GROUPED_TIMES
+
+
+def test_schedules_for_many_slots():
+    """From reading weights as fast as they come to as many tokens a program as there are."""
+    sizes = [
+        choose_schedule(128 * mean, 128, 1536, 2048, 132, 128).block_m for mean in (4, 8, 32, 64, 300, 1000)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] <= 32 and sizes[-1] == 128
+    fine = choose_schedule(512, 128, 1536, 2048, 132, 32)
+    assert not (isinstance(fine, schedules.WideSchedule) and fine.is_half)
+
+
+def test_slots_are_sorted():
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(TESTS / "interpret_w4a16_routing.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "sorted 40 cases" in run.stdout
 
 
 @pytest.fixture
@@ -162,15 +201,15 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("grouped_slots", [256, 0])
+@pytest.mark.parametrize("path", ["grouped", "one by one"])
 @pytest.mark.parametrize("name", MOE)
-def test_tiled_experts_compute_the_same(model_folder, with_tiles, monkeypatch, tmp_path, name, grouped_slots):
+def test_tiled_experts_compute_the_same(model_folder, with_tiles, monkeypatch, tmp_path, name, path):
     model = load(model_folder(name), group_size=64)
     assert not first_experts(model)._is_tiled
     expected, before = logits(model), stored(model)
     model.save_pretrained(tmp_path / "int4")
     with_tiles()
-    monkeypatch.setattr(experts, "_MAX_GROUPED_SLOTS", grouped_slots)
+    monkeypatch.setattr(HadaCoreExperts, "_needs_gradient", lambda self, x: path != "grouped")
     model = load(tmp_path / "int4")
     assert first_experts(model)._is_tiled
     assert torch.allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -181,11 +220,10 @@ def test_tiled_experts_compute_the_same(model_folder, with_tiles, monkeypatch, t
 
 
 @pytest.fixture
-def tiled(model_folder, with_tiles, monkeypatch):
+def tiled(model_folder, with_tiles):
     """Experts of gpt-oss, with biases, an order and a gate of their own; and their state before tiling."""
     module = first_experts(load(model_folder("gpt-oss"), group_size=32)).requires_grad_(False)
     before = stored(module)
-    monkeypatch.setattr(experts, "_MAX_GROUPED_SLOTS", 256)
     with_tiles()
     module.prepare()
     return module, before

@@ -1,5 +1,6 @@
 """The Hopper kernels without a GPU: compiled for sm_90 and looked at."""
 
+import itertools
 import re
 
 import pytest
@@ -9,6 +10,8 @@ pytest.importorskip("triton.experimental.gluon")
 from offline import compile_for, resources
 from triton.experimental.gluon import language as gl
 
+from hf_hadacore.kernels import w4a16_routing
+from hf_hadacore.kernels import w4a16_schedules as schedules
 from hf_hadacore.kernels.w4a16_prefill import prefill_kernel
 from hf_hadacore.kernels.w4a16_skinny import experts_kernel, skinny_kernel
 from hf_hadacore.kernels.w4a16_wide import TWO_PROGRAMS, wide_kernel
@@ -46,11 +49,12 @@ def descriptor(dtype, constants) -> dict:
     return {"d_x": f"tensordesc<{element}[{constants['BM']}, 128],{layout!r}>"}
 
 
-def compile_tall(kernel, dtype, symmetric, **constants):
-    arguments = descriptor(dtype, constants) | weights(dtype, symmetric) | results(dtype, symmetric)
-    sizes = dict.fromkeys(("M", "N", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split", "s_group"), "i32")
-    sizes |= {"N": "i32:16", "s_group": "i32:16"}
-    options = TWO_PROGRAMS if constants["BM"] == 16 else {}
+def compile_tall(kernel, dtype, symmetric, is_grouped=False, **constants):
+    routing = dict.fromkeys(("p_blocks", "p_slots"), torch.int32 if is_grouped else None)
+    arguments = descriptor(dtype, constants) | weights(dtype, symmetric) | routing | results(dtype, symmetric)
+    names = ("M", "N", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split", "s_group", "experts")
+    sizes = dict.fromkeys(names, "i32") | {"N": "i32:16", "s_group": "i32:16"}
+    options = TWO_PROGRAMS if constants.get("HALF") else {}
     return compile_for(HOPPER, kernel, arguments | sizes | constants, num_warps=4, **options)
 
 
@@ -120,11 +124,49 @@ def test_many_tokens(tmp_path, variant, block_m, stages, slots):
         STAGES=stages,
         SLOTS=slots,
         GROUPS=groups,
+        HALF=block_m == 16,
     )
     # Two programs of 16 tokens share the registers of a processor, which measures faster than none spilled.
     check_memory(asm, tmp_path, groups, stack=48 if block_m == 16 else 16)
     assert f"wgmma.mma_async.sync.aligned.m64n{block_m}k16" in asm["ptx"]
     assert "cp.async.bulk.tensor" in asm["ptx"]
+
+
+def check_products_go_on(asm: dict) -> None:
+    """A product runs while registers are worked on.
+
+    Where the assembler does not trust that, it waits after every instruction.
+    """
+    assert len(re.findall("HGMMA", asm["sass"])) > len(re.findall(r"WARPGROUP\.DEPBAR", asm["sass"]))
+
+
+def test_many_slots_of_experts(tmp_path):
+    for kind, symmetric in itertools.product(schedules.GROUPED_TIMES, (False, True)):
+        constants = dict(BM=kind.block_m, SPLIT_K=1)
+        kernel = prefill_kernel
+        if isinstance(kind, schedules.WideSchedule):
+            kernel = wide_kernel
+            constants |= dict(STAGES=kind.stages, SLOTS=kind.slots, GROUPS=1, HALF=kind.is_half)
+        else:
+            constants |= dict(SLOTS=kind.slots, GROUPS=1)
+        asm = compile_tall(kernel, torch.bfloat16, symmetric, is_grouped=True, **constants)
+        check_memory(asm, tmp_path, 1)
+        check_products_go_on(asm)
+        # The blocks are known only when the kernel that made them has ended.
+        assert asm["ptx"].index("griddepcontrol.wait") < asm["ptx"].index("ld.global")
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("rows", [None, torch.int32])
+def test_sorting_slots(tmp_path, index, rows):
+    arguments = dict(p_expert=index, p_blocks=torch.int32, p_slots=torch.int32, p_rows=rows)
+    sizes = dict(slots="i32", experts="i32", slots_per_row="i32")
+    constants = dict(BM=64, BLOCK=w4a16_routing._BLOCK, PDL=True)
+    asm = compile_for(
+        HOPPER, w4a16_routing.sort_kernel, arguments | sizes | constants, num_warps=w4a16_routing._NUM_WARPS
+    )
+    assert asm["ptx"].index("griddepcontrol.wait") < asm["ptx"].index("ld.global")
+    assert resources(asm["cubin"], tmp_path).stack == 0
 
 
 @pytest.mark.parametrize("dtype, symmetric, groups, split", VARIANTS)
@@ -133,6 +175,4 @@ def test_prefill(tmp_path, dtype, symmetric, groups, split):
     # With a split, sums of one half wait in local memory while those of the other are exchanged.
     check_memory(asm, tmp_path, groups, stack=16 if split == 1 else 512)
     assert "wgmma.mma_async.sync.aligned.m64n128k16" in asm["ptx"]
-    # A product goes on while registers are worked on. Where the assembler does not trust that, it waits after
-    # every instruction.
-    assert len(re.findall("HGMMA", asm["sass"])) > len(re.findall(r"WARPGROUP\.DEPBAR", asm["sass"]))
+    check_products_go_on(asm)

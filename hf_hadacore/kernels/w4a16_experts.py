@@ -1,8 +1,10 @@
 """Products of tokens with the experts chosen for them, int4 weights in tile order: the op `w4a16_experts`.
 
-On Hopper one launch of a Gluon kernel (`w4a16_skinny.experts_kernel`) takes any number of experts, and reads
-on the device which ones: nothing waits for the CPU, so decoding steps can be CUDA graphs. It is made for few
-tokens an expert. Elsewhere the reference goes through the experts one by one.
+On Hopper one launch of a Gluon kernel takes any number of experts, and reads on the device which ones:
+nothing waits for the CPU, so decoding steps can be CUDA graphs. For few slots that is
+`w4a16_skinny.experts_kernel`, where those of one expert find each other. Many are sorted by expert
+(`w4a16_routing`), and the kernels for many tokens go through blocks of them. Elsewhere the reference goes
+through the experts one by one.
 """
 
 from collections.abc import Iterator
@@ -13,15 +15,15 @@ from .. import int4
 from ..errors import FormatError, UnsupportedError
 from . import w4a16_schedules as schedules
 from .launcher import goes_straight, on_device, run
-from .w4a16_launch import GROUPS_PER_TILE, arrival_counters, processors_of
+from .w4a16_launch import GROUPS_PER_TILE, arrival_counters, launch_tall, processors_of
 from .w4a16_tiled import check_arguments as check_product
 from .w4a16_tiled import prefers_tiles, w4a16_tiled_reference
 from .w4a16_tiles import TILE_INPUTS
 
-# Up to this many slots, those of the same expert share one read of its weights.
-_SHARED_SLOTS = 256
-# CUDA's limit for the third dimension of a grid.
-_MAX_SLOTS = 65535
+# Up to this many slots, and this many for each expert, they find each other in the kernel. Sorting costs some
+# microseconds, but then a weight is read once for more than 8 tokens, and no program searches all slots.
+_MAX_SEARCHED_SLOTS = 256
+_MAX_SEARCHED_SLOTS_PER_EXPERT = 8
 
 torch.library.define(
     "hf_hadacore::w4a16_experts",
@@ -169,18 +171,13 @@ def _cuda(
     experts, n, words = tiles.shape
     k = words * int4.NIBBLES_PER_WORD
     slots = len(expert_index)
-    has_kernel = (
-        x.dtype in (torch.float16, torch.bfloat16)
-        and slots <= _MAX_SLOTS
-        and prefers_tiles(x.device, n, k, group_size)
-    )
-    if not has_kernel:
+    if x.dtype not in (torch.float16, torch.bfloat16) or not prefers_tiles(x.device, n, k, group_size):
         return w4a16_experts_reference(x, tiles, scale, zero, bias, expert_index, group_size)
     check_arguments(x, tiles, scale, zero, bias, expert_index, group_size)
     out = torch.empty((slots, n), dtype=x.dtype, device=x.device)
     if slots:
         with on_device(x.device):
-            schedule = choose_schedule(slots, experts, n, k, processors_of(x.device.index or 0))
+            schedule = choose_schedule(slots, experts, n, k, processors_of(x.device.index or 0), group_size)
             launch(x, tiles, scale, zero, bias, expert_index, group_size, out, schedule)
     return out
 
@@ -188,15 +185,20 @@ def _cuda(
 torch.library.impl("hf_hadacore::w4a16_experts", "cuda", _cuda)
 
 
-def choose_schedule(slots: int, experts: int, n: int, k: int, processors: int) -> schedules.SkinnySchedule:
-    """How the products are cut: as if all weights that may be read were one tall matrix.
+def choose_schedule(
+    slots: int, experts: int, n: int, k: int, processors: int, group_size: int
+) -> schedules.Schedule:
+    """How the products are cut.
 
     Args:
         slots, experts, n, k: S, E, N and K.
         processors: of the GPU.
+        group_size: g.
     """
-    tokens = 8 if slots <= 8 * experts else 16
-    return schedules.choose_skinny(tokens, n * min(slots, experts), k // TILE_INPUTS, processors)
+    if slots > min(_MAX_SEARCHED_SLOTS, _MAX_SEARCHED_SLOTS_PER_EXPERT * experts):
+        return schedules.choose_grouped(slots, experts, n, k // TILE_INPUTS, GROUPS_PER_TILE[group_size] < 2)
+    # As if all weights that may be read were one tall matrix.
+    return schedules.choose_skinny(8, n * min(slots, experts), k // TILE_INPUTS, processors)
 
 
 def launch(
@@ -208,15 +210,25 @@ def launch(
     expert_index: torch.Tensor,
     group_size: int,
     out: torch.Tensor,
-    schedule: schedules.SkinnySchedule,
+    schedule: schedules.Schedule,
 ) -> None:
-    """Run the kernel.
+    """Run the kernels.
 
     Args:
         x, tiles, scale, zero, bias, expert_index, group_size: as in `w4a16_experts`, S > 0.
         out: ``[S, N]`` contiguous, in the dtype of x; every element is written.
-        schedule: how the products are cut.
+        schedule: how the products are cut. With a `SkinnySchedule` S is at most 65535, and slots share a read
+            of their expert's weights up to 256 of them.
     """
+    if not isinstance(schedule, schedules.SkinnySchedule):
+        from .w4a16_routing import sort_slots
+
+        (experts, n, _), slots_per_row = tiles.shape, len(out) // len(x)
+        routing = sort_slots(expert_index, experts, slots_per_row, schedule.block_m)
+        x = x.index_select(0, routing.rows)
+        ends = (bias, out, out, out)
+        launch_tall(x, x.shape[1], (tiles, scale, zero), ends, len(out), n, group_size, schedule, routing)
+        return
     (rows, k), (slots, n) = x.shape, out.shape
     k_tiles = k // TILE_INPUTS
     split_k = -(-k_tiles // schedule.tiles)
@@ -230,7 +242,7 @@ def launch(
         partials = torch.empty((split_k, slots, n), dtype=torch.float32, device=x.device)
         arrived = arrival_counters(x.device, n_tiles * slots)
     # One token's experts all differ. The search is compiled for a few numbers of slots.
-    search = 0 if rows == 1 or slots > _SHARED_SLOTS else max(32, 1 << (slots - 1).bit_length())
+    search = 0 if rows == 1 or slots > _MAX_SEARCHED_SLOTS else max(32, 1 << (slots - 1).bit_length())
     tensors = (x, tiles, scale, zero, expert_index, bias, out, partials, arrived)
     sizes = (slots, len(tiles), slots // rows, n, k_tiles, s_xm, n * scale.shape[2])
     constants = (schedule.block_m, schedule.block_n, schedule.tiles, split_k, schedule.stages)

@@ -60,6 +60,9 @@ mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }
 """)
+# Programs that run at the same time share weights and tokens in the L2 cache: blocks of this many row tiles
+# go through all tokens before the next block starts.
+_ROW_TILES_TOGETHER = gl.constexpr(8)
 _OPERANDS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 
 
@@ -170,18 +173,31 @@ def load_groups(p_values, o_rows, first, s_group, m, GROUPS: gl.constexpr, ABSEN
 
 @gluon.jit
 def store_sum(
-    b_acc, first_n, o_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
+    b_acc,
+    first_n,
+    o_m,
+    i_k,
+    i_tile,
+    p_bias,
+    p_out,
+    p_partials,
+    p_arrived,
+    M,
+    N,
+    SPLIT_K: gl.constexpr,
+    OUT: gl.constexpr,
 ):
     """Store rows o_m of out [M, N] from their transpose; with SPLIT_K > 1 only the last program does.
 
     Which program that is changes from run to run; what it adds, and in which order, does not. Rows from M on
-    are left out.
+    are left out. OUT: the layout in which the sum is exchanged, o_m in its slice; large sums need one with
+    several neighbours a thread, or else addresses fill the registers.
     """
-    ACC: gl.constexpr = b_acc.type.layout
-    o_n = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, ACC))
+    o_n = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, OUT))
     m_n = o_n < N
     m_out = gl.expand_dims(m_n, 1) & gl.expand_dims(o_m < M, 0)
     o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)
+    b_acc = gl.convert_layout(b_acc, OUT)
     is_last = True
     if SPLIT_K > 1:
         size = M.to(gl.int64) * N
@@ -191,7 +207,7 @@ def store_sum(
         barrier()
     if is_last:
         if SPLIT_K > 1:
-            b_acc = gl.zeros(b_acc.shape, gl.float32, layout=ACC)
+            b_acc = gl.zeros(b_acc.shape, gl.float32, layout=OUT)
             for i in gl.static_range(SPLIT_K):
                 b_acc += gl.load(p_partials + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
             gl.store(p_arrived + i_tile, 0)
@@ -199,3 +215,60 @@ def store_sum(
             b_bias = gl.load(p_bias + o_n, mask=m_n, other=0.0).to(gl.float32)
             b_acc += gl.expand_dims(b_bias, 1)
         gl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@gluon.constexpr_function
+def rows_layout():
+    """Layout of a warpgroup's out^T ``[64, BM]`` in which each thread has 8 neighbours of a row of out."""
+    return gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+
+
+@gluon.jit
+def store_rows(b_acc, first_n, first_m, has_product, p_bias, p_slots, p_out, M, N):
+    """Store rows first_m ... M - 1 of out [M, N] from their transpose.
+
+    p_slots: which rows of out these are; None: as they are numbered. Only with it there may be no product,
+    which means zeros, without a bias.
+    """
+    ACC: gl.constexpr = b_acc.type.layout
+    OUT: gl.constexpr = rows_layout()
+    if p_bias is not None:
+        o_bias = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, ACC))
+        m_bias = o_bias < N
+        if p_slots is not None:
+            m_bias = m_bias & has_product
+        b_acc += gl.expand_dims(gl.load(p_bias + o_bias, mask=m_bias, other=0.0).to(gl.float32), 1)
+    o_n = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, OUT))
+    o_m = first_m + gl.arange(0, b_acc.shape[1], layout=gl.SliceLayout(0, OUT))
+    m_m = o_m < M
+    if p_slots is not None:
+        o_m = gl.load(p_slots + o_m, mask=m_m, other=0)
+    o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)
+    m_out = gl.expand_dims(o_n < N, 1) & gl.expand_dims(m_m, 0)
+    gl.store(p_out + o_out, gl.convert_layout(b_acc.to(p_out.dtype.element_ty), OUT), mask=m_out)
+
+
+@gluon.jit
+def place_of_program(n_tiles, m_tiles):
+    """The tile of rows and the tile of tokens of a program."""
+    i_program = gl.program_id(0)
+    block = _ROW_TILES_TOGETHER * m_tiles
+    first_n = i_program // block * _ROW_TILES_TOGETHER
+    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
+    return first_n + i_program % block % height, i_program % block // height
+
+
+@gluon.jit
+def block_of_expert(p_blocks, i_block, experts):
+    """Of a block of `w4a16_routing`: its expert, its first row of x and the one after its last.
+
+    And whether there is a product: not for blocks without rows, nor for experts that are not there.
+    """
+    # The previous kernel may be the one that made the blocks.
+    wait_for_previous()
+    p_block = p_blocks + 3 * i_block
+    expert = gl.load(p_block)
+    first = gl.load(p_block + 1)
+    end = gl.load(p_block + 2)
+    has_product = (first < end) & (expert < experts)
+    return gl.minimum(expert, experts - 1).to(gl.int64), first, end, has_product

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,9 @@ from .. import int4
 from . import w4a16_schedules as schedules
 from .launcher import on_device, run
 from .w4a16_tiles import TILE_INPUTS
+
+if TYPE_CHECKING:
+    from .w4a16_routing import Routing
 
 # Groups of a tile by group size; 0 stands for one group per row.
 GROUPS_PER_TILE = {32: 4, 64: 2, 128: 1, -1: 0}
@@ -46,7 +49,6 @@ def launch(
     """
     k, n = x.shape[-1], out.shape[-1]
     m = out.numel() // n
-    groups = GROUPS_PER_TILE[group_size]
     k_tiles = k // TILE_INPUTS
     if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
         schedule = schedule._replace(tiles=k_tiles)
@@ -75,27 +77,69 @@ def launch(
             skinny_kernel,
             (x, *tensors, input_perm, *ends),
             (m, n, k_tiles, s_xm, s_group),
-            (schedule.block_m, schedule.block_n, schedule.tiles, split_k, schedule.stages, groups),
+            (
+                schedule.block_m,
+                schedule.block_n,
+                schedule.tiles,
+                split_k,
+                schedule.stages,
+                GROUPS_PER_TILE[group_size],
+            ),
             (-(-n // schedule.block_n), split_k, 1),
             num_warps=schedule.num_warps,
             launch_pdl=True,
         )
         return
+    launch_tall(x, s_xm, tensors, ends, m, s_group, group_size, schedule)
+
+
+def launch_tall(
+    x: torch.Tensor,
+    s_xm: int,
+    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    ends: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    m: int,
+    s_group: int,
+    group_size: int,
+    schedule: schedules.WideSchedule | schedules.PrefillSchedule,
+    routing: "Routing | None" = None,
+) -> None:
+    """Run a kernel for many tokens.
+
+    Args:
+        x: ``[..., K]``, aligned to 16 bytes.
+        s_xm: its M rows are this many elements apart.
+        weight: tiles, scale and zero.
+        ends: bias, out, and, where K is split, partial sums and arrival counters.
+        m: M.
+        s_group: groups of scales are this many elements apart.
+        group_size: g.
+        schedule: how the product is cut.
+        routing: of experts, all of whose weights follow each other. Then x is sorted, and K is not split.
+    """
+    k, n, groups = x.shape[-1], ends[1].shape[-1], GROUPS_PER_TILE[group_size]
+    k_tiles = k // TILE_INPUTS
     is_prefill = isinstance(schedule, schedules.PrefillSchedule)
-    m_tiles, n_tiles = -(-m // schedule.block_m), -(-n // (256 if is_prefill else 128))
+    n_tiles = -(-n // (256 if is_prefill else 128))
+    m_tiles = -(-m // schedule.block_m) if routing is None else len(routing.blocks)
+    experts = 1 if routing is None else len(weight[0])
+    split_k = -(-k_tiles // schedule.tiles)
     kernel, two_programs = _tall_kernel(is_prefill)
-    # STAGES is the wide kernel's alone.
-    stages = (schedule.stages,) if isinstance(schedule, schedules.WideSchedule) else ()
+    # STAGES and HALF are the wide kernel's alone.
+    stages: tuple[int, ...] = ()
+    half: tuple[bool, ...] = ()
+    if isinstance(schedule, schedules.WideSchedule):
+        stages, half = (schedule.stages,), (schedule.is_half,)
     run(
         kernel,
-        (*tensors, *ends),
-        (m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group),
-        (schedule.block_m, split_k, *stages, schedule.slots, groups),
+        (*weight, *((None, None) if routing is None else (routing.blocks, routing.slots)), *ends),
+        (m, n, k_tiles, n_tiles, m_tiles, schedule.tiles, s_group, experts),
+        (schedule.block_m, split_k, *stages, schedule.slots, groups, *half),
         (n_tiles * m_tiles, split_k, 1),
         num_warps=4,
         descriptors=(_describe(x, m, s_xm, schedule.block_m, 64 if groups == 4 else 128),),
         launch_pdl=True,
-        **(two_programs if schedule.block_m == 16 else {}),
+        **(two_programs if True in half else {}),
     )
 
 

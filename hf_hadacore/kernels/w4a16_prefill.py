@@ -16,12 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .w4a16_gluon import (
-    barrier,
+    block_of_expert,
     launch_dependents,
     operand_32,
     operand_64,
+    place_of_program,
     quarter_layout,
+    rows_layout,
     split_words,
+    store_rows,
+    store_sum,
     wait_for_previous,
     words_layout,
     zero_constants,
@@ -31,9 +35,7 @@ from .w4a16_wide import (
     PRODUCER_REGISTERS,
     UNSPECIALIZED,
     load_tile,
-    place_of_program,
     produce,
-    store_rows,
 )
 
 # A group with a smaller scale adds nothing that an fp32 sum would notice, and nobody can divide by 0.
@@ -103,6 +105,7 @@ def _consume(
     p_tiles,
     p_scale,
     p_zero,
+    p_slots,
     p_bias,
     p_out,
     p_partials,
@@ -115,7 +118,7 @@ def _consume(
     k_tiles,
     s_group,
     i_n,
-    i_m,
+    first_m,
     i_tile,
     i_k,
     first,
@@ -236,44 +239,20 @@ def _consume(
     b_sum_1 *= gl.expand_dims(b_unit_1, 1)
     wait_for_previous()
     if SPLIT_K > 1:
+        OUT: gl.constexpr = rows_layout()
+        o_m = first_m + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT))
         i_tile = i_tile * 4 + i_warpgroup * 2
-        _store_sum(
-            b_sum_0, first_n, i_m * BM, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K
+        store_sum(
+            b_sum_0, first_n, o_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K, OUT
         )
         first_n += 64
         i_tile += 1
-        _store_sum(
-            b_sum_1, first_n, i_m * BM, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K
+        store_sum(
+            b_sum_1, first_n, o_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K, OUT
         )
     else:
-        store_rows(b_sum_0, first_n, i_m * BM, p_bias, p_out, M, N)
-        store_rows(b_sum_1, first_n + 64, i_m * BM, p_bias, p_out, M, N)
-
-
-@gluon.jit
-def _store_sum(
-    b_sum, first_n, first_m, i_k, i_tile, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K: gl.constexpr
-):
-    """As `w4a16_gluon.store_sum`, but 32 bytes a thread: addresses of all elements would fill registers."""
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    o_n = first_n + gl.arange(0, b_sum.shape[0], layout=gl.SliceLayout(1, OUT))
-    o_m = first_m + gl.arange(0, b_sum.shape[1], layout=gl.SliceLayout(0, OUT))
-    o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)
-    m_out = gl.expand_dims(o_n < N, 1) & gl.expand_dims(o_m < M, 0)
-    size = M.to(gl.int64) * N
-    gl.store(p_partials + i_k * size + o_out, gl.convert_layout(b_sum, OUT), mask=m_out)
-    barrier()
-    is_last = gl.atomic_add(p_arrived + i_tile, 1, sem="acq_rel") == SPLIT_K - 1
-    barrier()
-    if is_last:
-        b_total = gl.zeros(b_sum.shape, gl.float32, layout=OUT)
-        for i in gl.static_range(SPLIT_K):
-            b_total += gl.load(p_partials + i * size + o_out, mask=m_out, other=0.0, cache_modifier=".cg")
-        gl.store(p_arrived + i_tile, 0)
-        if p_bias is not None:
-            b_bias = gl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)
-            b_total += gl.expand_dims(b_bias, 1)
-        gl.store(p_out + o_out, b_total.to(p_out.dtype.element_ty), mask=m_out)
+        store_rows(b_sum_0, first_n, first_m, count > 0, p_bias, p_slots, p_out, M, N)
+        store_rows(b_sum_1, first_n + 64, first_m, count > 0, p_bias, p_slots, p_out, M, N)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -282,6 +261,8 @@ def prefill_kernel(
     p_tiles,
     p_scale,
     p_zero,
+    p_blocks,
+    p_slots,
     p_bias,
     p_out,
     p_partials,
@@ -293,6 +274,7 @@ def prefill_kernel(
     m_tiles,
     tiles_per_split,
     s_group,
+    experts,
     BM: gl.constexpr,
     SPLIT_K: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -300,9 +282,9 @@ def prefill_kernel(
 ):
     """out [M, N] = x W^T + bias.
 
-    d_x: TMA descriptor of x [M, K], blocks of [BM, 128]. The other tensors are those of `wide_kernel`, with
-    arrived [m_tiles n_tiles 4]. Grid (m_tiles n_tiles, SPLIT_K), m_tiles = ceil(M/BM), n_tiles = ceil(N/256);
-    a program takes tiles_per_split tiles of K.
+    d_x: TMA descriptor of x [M, K], blocks of [BM, 128]. The other tensors are those of `wide_kernel`, also
+    for experts, with arrived [m_tiles n_tiles 4]. Grid (m_tiles n_tiles, SPLIT_K), m_tiles = ceil(M/BM),
+    n_tiles = ceil(N/256); a program takes tiles_per_split tiles of K.
     """
     launch_dependents()
     i_n, i_m = place_of_program(n_tiles, m_tiles)
@@ -310,6 +292,17 @@ def prefill_kernel(
     i_k = gl.program_id(1)
     first = i_k * tiles_per_split
     count = gl.minimum(k_tiles - first, tiles_per_split)
+    first_m = i_m * BM
+    if p_blocks is not None:
+        expert, first_m, M, has_product = block_of_expert(p_blocks, i_m, experts)
+        count = gl.where(has_product, count, 0)
+        p_tiles += expert * (N // 64) * k_tiles * 1024
+        first_group = expert * N * (k_tiles * GROUPS if GROUPS > 0 else 1)
+        p_scale += first_group
+        if p_zero is not None:
+            p_zero += first_group
+        if p_bias is not None:
+            p_bias += expert * N
 
     s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
     s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -326,6 +319,7 @@ def prefill_kernel(
                     p_tiles,
                     p_scale,
                     p_zero,
+                    p_slots,
                     p_bias,
                     p_out,
                     p_partials,
@@ -338,7 +332,7 @@ def prefill_kernel(
                     k_tiles,
                     s_group,
                     i_n,
-                    i_m,
+                    first_m,
                     i_tile,
                     i_k,
                     first,
@@ -354,6 +348,7 @@ def prefill_kernel(
                     p_tiles,
                     p_scale,
                     p_zero,
+                    p_slots,
                     p_bias,
                     p_out,
                     p_partials,
@@ -366,7 +361,7 @@ def prefill_kernel(
                     k_tiles,
                     s_group,
                     i_n,
-                    i_m,
+                    first_m,
                     i_tile,
                     i_k,
                     first,
@@ -375,7 +370,7 @@ def prefill_kernel(
                     GROUPS,
                 ),
             ),
-            (produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
+            (produce, (d_x, s_x, s_full, s_empty, first_m, first, count)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

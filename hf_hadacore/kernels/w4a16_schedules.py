@@ -50,7 +50,7 @@ class WideSchedule(NamedTuple):
     """Of `w4a16_wide.wide_kernel`; a program has 128 rows of weights.
 
     Attributes:
-        block_m: tokens of a program: 16 (two programs share a processor), 32, 64 or 128.
+        block_m: tokens of a program: 16, 32, 64 or 128.
         tiles: tiles of K of a program.
         stages: tiles of weights in flight.
         slots: tiles of x in the ring.
@@ -61,12 +61,17 @@ class WideSchedule(NamedTuple):
     stages: int
     slots: int
 
+    @property
+    def is_half(self) -> bool:
+        """Whether two programs share a processor's registers."""
+        return self.block_m == 16 or (self.block_m == 32 and self.stages == 1)
+
 
 class PrefillSchedule(NamedTuple):
     """Of `w4a16_prefill.prefill_kernel`; a program has 256 rows of weights.
 
     Attributes:
-        block_m: tokens of a program: 128.
+        block_m: tokens of a program: 128, or with experts 64.
         tiles: tiles of K of a program.
         slots: tiles of x in the ring.
     """
@@ -77,6 +82,19 @@ class PrefillSchedule(NamedTuple):
 
 
 Schedule = SkinnySchedule | WideSchedule | PrefillSchedule
+
+# Schedules, without `tiles`, for many slots of experts, and microseconds of a processor for a tile of K and
+# for a program besides; two programs that share a processor have half each. Modelled after products with one
+# weight; `scripts/check_experts_gpu.py --tune` measures them.
+GROUPED_TIMES: dict[WideSchedule | PrefillSchedule, tuple[float, float]] = {
+    WideSchedule(16, 0, 2, 4): (0.40, 1.3),
+    WideSchedule(32, 0, 1, 4): (0.42, 1.3),
+    WideSchedule(32, 0, 4, 4): (0.52, 2.5),
+    WideSchedule(64, 0, 3, 4): (0.62, 2.5),
+    WideSchedule(128, 0, 1, 4): (1.0, 2.5),
+    PrefillSchedule(64, 0, 4): (1.05, 2.5),
+    PrefillSchedule(128, 0, 4): (1.75, 2.5),
+}
 
 
 def bucket(m: int) -> int:
@@ -182,6 +200,31 @@ def _time(schedule: WideSchedule | PrefillSchedule, m: int, n: int, k_tiles: int
     turns = -(-programs // processors)
     exchange = 0.0 if split == 1 else 1.5 + 8 * m * n * split / 2.5e6
     return turns * (schedule.tiles * tile_time + 2.5) + exchange
+
+
+@cache
+def choose_grouped(
+    slots: int, experts: int, n: int, k_tiles: int, is_plain: bool = True
+) -> WideSchedule | PrefillSchedule:
+    """The fastest schedule of `GROUPED_TIMES` for the products of many slots with their experts.
+
+    Args:
+        slots, experts, n: S, E and N.
+        k_tiles: tiles of 128 inputs.
+        is_plain: whether groups have at least 128 inputs, see `choose`.
+    """
+
+    def time(kind: WideSchedule | PrefillSchedule) -> float:
+        tile_time, program_time = GROUPED_TIMES[kind]
+        # Blocks of an expert with from none to twice the mean number of slots, each as likely as any other.
+        most = 2 * slots / (experts * kind.block_m)
+        whole = int(most)
+        blocks = (whole + 1) * (most - whole / 2) / most
+        row_tiles = -(-n // (256 if isinstance(kind, PrefillSchedule) else 128))
+        return blocks * row_tiles * (k_tiles * tile_time + program_time)
+
+    kinds = [k for k in GROUPED_TIMES if is_plain or isinstance(k, PrefillSchedule) or not k.is_half]
+    return min(kinds, key=time)._replace(tiles=k_tiles)
 
 
 @cache

@@ -201,7 +201,7 @@ def _multiply_slice(
 
     if GROUPS == 0:
         b_acc *= gl.expand_dims(b_row_scale.to(gl.float32), 1)
-    store_sum(b_acc, i_n * BN, o_m, i_k, i_n, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K)
+    store_sum(b_acc, i_n * BN, o_m, i_k, i_n, p_bias, p_out, p_partials, p_arrived, M, N, SPLIT_K, ACC)
 
 
 @gluon.jit(do_not_specialize=_UNSPECIALIZED)

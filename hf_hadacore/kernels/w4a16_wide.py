@@ -16,29 +16,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .w4a16_gluon import (
+    block_of_expert,
     copy_block_to_shared,
     launch_dependents,
     load_groups,
     operand_32,
     operand_64,
+    place_of_program,
     quarter_layout,
     split_words,
+    store_rows,
     store_sum,
     wait_for_previous,
     words_layout,
     zero_constants,
 )
 
-# Of the two consumer warpgroups; with 24 for the producer's they fill the register file. Up to 16 tokens two
-# programs share it, which then are compiled with `TWO_PROGRAMS`.
+# Of the two consumer warpgroups; with 24 for the producer's they fill the register file. With few tokens two
+# programs can share it, which then are compiled with `TWO_PROGRAMS`.
 CONSUMER_REGISTERS = gl.constexpr(240)
 _HALF_CONSUMER_REGISTERS = gl.constexpr(104)
 PRODUCER_REGISTERS = gl.constexpr(24)
 TWO_PROGRAMS = {"maxnreg": 80}
-# Programs that run at the same time share weights and tokens in the L2 cache: blocks of this many row tiles
-# go through all tokens before the next block starts.
-_ROW_TILES_TOGETHER = gl.constexpr(8)
-UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split"]
+UNSPECIALIZED = ["M", "k_tiles", "n_tiles", "m_tiles", "tiles_per_split", "experts"]
 
 
 @gluon.jit
@@ -125,6 +125,7 @@ def _consume(
     p_tiles,
     p_scale,
     p_zero,
+    p_slots,
     p_bias,
     p_out,
     p_partials,
@@ -137,7 +138,7 @@ def _consume(
     k_tiles,
     s_group,
     i_n,
-    i_m,
+    first_m,
     i_tile,
     i_k,
     first,
@@ -237,7 +238,7 @@ def _consume(
         store_sum(
             b_acc,
             first_n,
-            i_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, ACC)),
+            first_m + gl.arange(0, BM, layout=gl.SliceLayout(0, ACC)),
             i_k,
             i_tile * 2 + i_warpgroup,
             p_bias,
@@ -247,24 +248,10 @@ def _consume(
             M,
             N,
             SPLIT_K,
+            ACC,
         )
     else:
-        store_rows(b_acc, first_n, i_m * BM, p_bias, p_out, M, N)
-
-
-@gluon.jit
-def store_rows(b_acc, first_n, first_m, p_bias, p_out, M, N):
-    """Store a tile of out [M, N] from its transpose, 16 bytes a thread along N."""
-    ACC: gl.constexpr = b_acc.type.layout
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    if p_bias is not None:
-        o_bias = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, ACC))
-        b_acc += gl.expand_dims(gl.load(p_bias + o_bias, mask=o_bias < N, other=0.0).to(gl.float32), 1)
-    o_n = first_n + gl.arange(0, b_acc.shape[0], layout=gl.SliceLayout(1, OUT))
-    o_m = first_m + gl.arange(0, b_acc.shape[1], layout=gl.SliceLayout(0, OUT))
-    o_out = gl.expand_dims(o_n, 1) + gl.expand_dims(o_m.to(gl.int64) * N, 0)
-    m_out = gl.expand_dims(o_n < N, 1) & gl.expand_dims(o_m < M, 0)
-    gl.store(p_out + o_out, gl.convert_layout(b_acc.to(p_out.dtype.element_ty), OUT), mask=m_out)
+        store_rows(b_acc, first_n, first_m, count > 0, p_bias, p_slots, p_out, M, N)
 
 
 @gluon.jit
@@ -280,22 +267,14 @@ def produce(d_x, s_x, s_full, s_empty, first_m, first, count):
         copy_block_to_shared(d_x, [first_m, (first + i) * 128], s_full.index(slot), s_x.index(slot))
 
 
-@gluon.jit
-def place_of_program(n_tiles, m_tiles):
-    """The tile of rows and the tile of tokens of a program."""
-    i_program = gl.program_id(0)
-    block = _ROW_TILES_TOGETHER * m_tiles
-    first_n = i_program // block * _ROW_TILES_TOGETHER
-    height = gl.minimum(n_tiles - first_n, _ROW_TILES_TOGETHER)
-    return first_n + i_program % block % height, i_program % block // height
-
-
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def wide_kernel(
     d_x,
     p_tiles,
     p_scale,
     p_zero,
+    p_blocks,
+    p_slots,
     p_bias,
     p_out,
     p_partials,
@@ -307,17 +286,24 @@ def wide_kernel(
     m_tiles,
     tiles_per_split,
     s_group,
+    experts,
     BM: gl.constexpr,
     SPLIT_K: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUPS: gl.constexpr,
+    HALF: gl.constexpr,
 ):
     """out [M, N] = x W^T + bias.
 
     d_x: TMA descriptor of x [M, K], blocks of [BM, 128]. The other tensors are those of `skinny_kernel`, with
     arrived [m_tiles n_tiles 2]. Grid (m_tiles n_tiles, SPLIT_K), m_tiles = ceil(M/BM), n_tiles = ceil(N/128);
     a program takes tiles_per_split tiles of K. STAGES tiles of weights are in flight.
+    HALF: half of a processor's registers have to do.
+
+    With the blocks and slots of `w4a16_routing` there are m_tiles blocks of rows instead, of one expert each:
+    the weights are [experts, ...], and row r of x, sorted by expert, is for row slots[r] of out. Then K is
+    not split.
     """
     launch_dependents()
     i_k = gl.program_id(1)
@@ -325,6 +311,17 @@ def wide_kernel(
     i_tile = i_m * n_tiles + i_n
     first = i_k * tiles_per_split
     count = gl.minimum(k_tiles - first, tiles_per_split)
+    first_m = i_m * BM
+    if p_blocks is not None:
+        expert, first_m, M, has_product = block_of_expert(p_blocks, i_m, experts)
+        count = gl.where(has_product, count, 0)
+        p_tiles += expert * (N // 64) * k_tiles * 1024
+        first_group = expert * N * (k_tiles * GROUPS if GROUPS > 0 else 1)
+        p_scale += first_group
+        if p_zero is not None:
+            p_zero += first_group
+        if p_bias is not None:
+            p_bias += expert * N
 
     s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
     s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -341,6 +338,7 @@ def wide_kernel(
                     p_tiles,
                     p_scale,
                     p_zero,
+                    p_slots,
                     p_bias,
                     p_out,
                     p_partials,
@@ -353,7 +351,7 @@ def wide_kernel(
                     k_tiles,
                     s_group,
                     i_n,
-                    i_m,
+                    first_m,
                     i_tile,
                     i_k,
                     first,
@@ -370,6 +368,7 @@ def wide_kernel(
                     p_tiles,
                     p_scale,
                     p_zero,
+                    p_slots,
                     p_bias,
                     p_out,
                     p_partials,
@@ -382,7 +381,7 @@ def wide_kernel(
                     k_tiles,
                     s_group,
                     i_n,
-                    i_m,
+                    first_m,
                     i_tile,
                     i_k,
                     first,
@@ -392,8 +391,8 @@ def wide_kernel(
                     GROUPS,
                 ),
             ),
-            (produce, (d_x, s_x, s_full, s_empty, i_m * BM, first, count)),
+            (produce, (d_x, s_x, s_full, s_empty, first_m, first, count)),
         ],
         [4, 1],
-        [_HALF_CONSUMER_REGISTERS if BM == 16 else CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [_HALF_CONSUMER_REGISTERS if HALF else CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
