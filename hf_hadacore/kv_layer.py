@@ -20,6 +20,8 @@ from .kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
 ATTENTION_NAMES = {"fp8": "hadacore", "int8-fp8": "hadacore-int8-fp8"}
 KEY_DTYPES = {"fp8": torch.float8_e4m3fn, "int8-fp8": torch.int8}
 _VALUE_DTYPE = torch.float8_e4m3fn
+# Buffers have a multiple of so many tokens.
+BUFFER_STEP = 128
 # Buffers of a window begin at such tokens, so that values, interleaved by 16, move with a plain copy.
 _STEP = 16
 _STATE = ("keys", "values", "key_scale", "value_scale", "constant")
@@ -257,7 +259,7 @@ class HadaCoreLayer(DecodeLayer):
             capacity: of a layer without a window.
             tokens: that they have to hold.
         """
-        return min(capacity, _round_up(max(window_room(self.window), tokens), BLOCK_SIZE))
+        return min(capacity, _round_up(max(window_room(self.window), tokens), BUFFER_STEP))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Hand new tokens on to attention.
