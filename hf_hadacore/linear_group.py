@@ -1,6 +1,6 @@
 """Layers that read the same input, multiplied in one launch: q/k/v, gate/up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ from torch import nn
 
 from .int4 import Int4Weight
 from .kernels.w4a16_launch import Product
-from .kernels.w4a16_launch import compile_ahead as compile_products
 from .kernels.w4a16_tiled import w4a16_tiled
 from .linear import HadaCoreLinear
 from .tile_order import may_reorder_weights
@@ -36,13 +35,14 @@ def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch
     return list(y.split(group.sizes, dim=-1))
 
 
-def compile_ahead(model: nn.Module, joined: Sequence[Sequence[nn.Module]], tokens: Sequence[int]) -> None:
-    """Compile what the model's int4 layers will need, so that the first call does not have to.
+def products_of(
+    model: nn.Module, joined: Sequence[Sequence[nn.Module]]
+) -> Iterator[tuple[torch.device, Product]]:
+    """The products that the model's int4 layers in tile order will compute, with their devices.
 
     Args:
-        model: on a Hopper GPU; elsewhere there is nothing to compile ahead.
+        model: loaded.
         joined: layers that will be called by `forward_together`; their weights are joined now.
-        tokens: numbers of tokens of the calls.
     """
     groups = [group for group in map(_group_of, joined) if group is not None]
     alone = {layer for layer in model.modules() if isinstance(layer, HadaCoreLinear) and layer._is_tiled}
@@ -52,10 +52,10 @@ def compile_ahead(model: nn.Module, joined: Sequence[Sequence[nn.Module]], token
         (Int4Weight(layer.weight, layer.weight_scale, layer.weight_zero, layer.group_size), layer.bias)
         for layer in alone
     ]
-    by_device: dict[torch.device, list[Product]] = {}
     for weight, bias in weights:
         if weight.scale.dtype in (torch.float16, torch.bfloat16):
-            by_device.setdefault(weight.packed.device, []).append(
+            yield (
+                weight.packed.device,
                 Product(
                     weight.packed.shape[0],
                     weight.in_features,
@@ -63,10 +63,8 @@ def compile_ahead(model: nn.Module, joined: Sequence[Sequence[nn.Module]], token
                     weight.scale.dtype,
                     weight.zero is not None,
                     bias is not None,
-                )
+                ),
             )
-    for device, products in by_device.items():
-        compile_products(products, tokens, device)
 
 
 class LinearGroup:

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat, int4, integrity
+from .compile_ahead import compile_ahead
 from .config import HadaCoreConfig
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
 from .experts import HadaCoreExperts, dequantize_experts, swap_experts
@@ -16,7 +17,6 @@ from .generation import disable_cuda_graphs, enable_cuda_graphs
 from .kv_layer import ATTENTION_NAMES
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
-from .linear_group import compile_ahead
 from .solvers.rtn import quantize_weight
 
 logger = logging.get_logger(__name__)

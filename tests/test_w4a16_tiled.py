@@ -2,7 +2,6 @@
 
 import copy
 import io
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,15 +10,14 @@ from hypothesis import strategies as st
 from kernel_helpers import exact_product, in_floors, random_weight
 from torch import nn
 from torch.library import opcheck
-from triton.runtime.jit import JITFunction
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, tile_order
 from hf_hadacore.errors import ConfigError, FormatError
-from hf_hadacore.kernels import w4a16_launch, w4a16_tiles
 from hf_hadacore.kernels import w4a16_schedules as schedules
+from hf_hadacore.kernels import w4a16_tiles
 from hf_hadacore.kernels.w4a16_tiled import prefers_tiles, w4a16_tiled
 from hf_hadacore.kernels.w4a16_tiles import from_tiles, to_tiles
-from hf_hadacore.linear_group import compile_ahead, forward_together
+from hf_hadacore.linear_group import forward_together
 
 
 def tiled_weight(n: int, k: int, group_size: int, symmetric: bool, dtype: torch.dtype):
@@ -190,25 +188,6 @@ def tiled_layers(monkeypatch):
         return [HadaCoreLinear.from_linear(nn.Linear(k, n, bias), config) for n in sizes]
 
     return make
-
-
-def test_layers_compile_ahead_what_they_will_launch(tiled_layers, monkeypatch):
-    def warmup(self, *arguments, grid, num_warps, launch_pdl):
-        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-        assert launch_pdl and all(tensor.is_meta for tensor in tensors)
-        compiled.append((self.__name__, *next(t.shape for t in tensors if t.dtype == torch.int32)))
-
-    compiled = []
-    monkeypatch.setattr(JITFunction, "warmup", warmup)
-    monkeypatch.setattr(w4a16_launch, "processors_of", lambda _: 132)
-    monkeypatch.setattr(w4a16_launch, "on_device", lambda _: nullcontext())
-    layers = [layer.half() for layer in tiled_layers(128, 64, 192, bias=False)]
-    for layer in layers:
-        layer.prepare()
-    compile_ahead(nn.ModuleList(layers), [layers[:2]], (1, 100))
-    # The two joined layers have the shape of the third, so there is one kernel of each kind.
-    assert sorted(compiled) == [("skinny_kernel", 192, 32), ("wide_kernel", 192, 32)]
-    assert layers[0]._group is not None
 
 
 def stored(layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -91,8 +91,10 @@ def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it has ended: programmatic dependent launch.
 
     Args:
-        device: where it runs.
+        device: where it runs; the meta device stands for the current one, for which kernels are compiled.
     """
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     return (
         device.type == "cuda"
         and torch.version.hip is None

@@ -14,8 +14,8 @@ import torch
 from .. import int4
 from ..errors import FormatError, UnsupportedError
 from . import w4a16_schedules as schedules
-from .launcher import goes_straight, on_device, run
-from .w4a16_launch import GROUPS_PER_TILE, arrival_counters, launch_tall, processors_of
+from .launcher import goes_straight, on_device, power_of_2, run
+from .w4a16_launch import GROUPS_PER_TILE, Product, arrival_counters, launch_tall, processors_of
 from .w4a16_tiled import check_arguments as check_product
 from .w4a16_tiled import prefers_tiles, w4a16_tiled_reference
 from .w4a16_tiles import TILE_INPUTS
@@ -196,7 +196,10 @@ def choose_schedule(
         group_size: g.
     """
     if slots > min(_MAX_SEARCHED_SLOTS, _MAX_SEARCHED_SLOTS_PER_EXPERT * experts):
-        return schedules.choose_grouped(slots, experts, n, k // TILE_INPUTS, GROUPS_PER_TILE[group_size] < 2)
+        # One schedule up to each power of two: a new number of tokens seldom needs a new kernel.
+        return schedules.choose_grouped(
+            power_of_2(slots), experts, n, k // TILE_INPUTS, GROUPS_PER_TILE[group_size] < 2
+        )
     # As if all weights that may be read were one tall matrix.
     return schedules.choose_skinny(8, n * min(slots, experts), k // TILE_INPUTS, processors)
 
@@ -257,6 +260,22 @@ def launch(
         num_warps=schedule.num_warps,
         launch_pdl=True,
     )
+
+
+def compile_products(product: Product, experts: int, rows: int, slots: int, device: torch.device) -> None:
+    """Compile the kernels of products with experts, without running anything.
+
+    Args:
+        product: with one expert.
+        experts, rows, slots: E, R and S.
+        device: a Hopper GPU, the current one.
+    """
+    n, k, group_size, dtype = product[:4]
+    tiles, scale, zero, bias = product.tensors(experts)
+    x, out = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, k), (slots, n)))
+    index = torch.empty(slots, dtype=torch.int64, device="meta")
+    schedule = choose_schedule(slots, experts, n, k, processors_of(device.index or 0), group_size)
+    launch(x, tiles, scale, zero, bias, index, group_size, out, schedule)
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,8 +1,7 @@
-"""How the Hopper W4A16 kernels are launched, and compiled ahead."""
+"""How the Hopper W4A16 kernels are launched, and compiled ahead of that."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 
 from .. import int4
 from . import w4a16_schedules as schedules
-from .launcher import on_device, run
+from .launcher import run
 from .w4a16_tiles import TILE_INPUTS
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def launch(
     partials = arrived = out
     if split_k > 1:
         partials = x.new_empty((split_k, m, n), dtype=torch.float32)
-        arrived = partials if x.is_meta else arrival_counters(x.device)
+        arrived = arrival_counters(x.device)
     tensors = (tiles, scale, zero)
     ends = (bias, out, partials, arrived)
     s_group = scale.stride(1) if scale.shape[1] > 1 else n
@@ -166,7 +165,7 @@ def _shared_layout(swizzle: int) -> Any:
 
 
 class Product(NamedTuple):
-    """What decides which kernels a layer's products need, see `compile_ahead`.
+    """What decides which kernels a layer's products need.
 
     Attributes:
         out_features, in_features: N and K.
@@ -182,36 +181,43 @@ class Product(NamedTuple):
     has_zero: bool
     has_bias: bool
 
+    def tensors(
+        self, *experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Tiles, scale, zero and bias on the meta device.
 
-def compile_ahead(products: Iterable[Product], tokens: Iterable[int], device: torch.device) -> None:
-    """Compile the kernels of some products side by side, without running anything.
+        Args:
+            experts: E, where there are experts.
+        """
+        n, k, dtype = self.out_features, self.in_features, self.dtype
+        groups = int4.num_groups(k, self.group_size)
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((*experts, *shape), dtype=dtype, device="meta")
+
+        return (
+            empty(n, k // int4.NIBBLES_PER_WORD, dtype=torch.int32),
+            empty(groups, n, dtype=dtype).mT,
+            empty(groups, n, dtype=torch.uint8).mT if self.has_zero else None,
+            empty(n, dtype=dtype) if self.has_bias else None,
+        )
+
+
+def compile_product(product: Product, tokens: int, device: torch.device) -> None:
+    """Compile the kernel of a product, without running anything.
 
     Args:
-        products: what will be called; all must be in tile order.
-        tokens: numbers of tokens of the calls.
-        device: a Hopper GPU.
+        product: what will be called; in tile order.
+        tokens: of the call.
+        device: a Hopper GPU, the current one.
     """
-    import triton
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    processors = processors_of(device.index or 0)
-    calls = [(product, m) for product in dict.fromkeys(products) for m in tokens]
-    with on_device(device), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        for (n, k, group_size, dtype, has_zero, has_bias), m in calls:
-            groups = int4.num_groups(k, group_size)
-            launch(
-                empty(m, k, dtype=dtype),
-                empty(n, k // int4.NIBBLES_PER_WORD, dtype=torch.int32),
-                empty(groups, n, dtype=dtype).t(),
-                empty(groups, n, dtype=torch.uint8).t() if has_zero else None,
-                None,
-                empty(n, dtype=dtype) if has_bias else None,
-                group_size,
-                empty(m, n, dtype=dtype),
-                schedules.choose(m, n, k, "sm90", processors, GROUPS_PER_TILE[group_size] < 2),
-            )
+    n, k, group_size, dtype = product[:4]
+    tiles, scale, zero, bias = product.tensors()
+    x, out = (torch.empty(tokens, size, dtype=dtype, device="meta") for size in (k, n))
+    schedule = schedules.choose(
+        tokens, n, k, "sm90", processors_of(device.index or 0), GROUPS_PER_TILE[group_size] < 2
+    )
+    launch(x, tiles, scale, zero, None, bias, group_size, out, schedule)
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -225,7 +231,7 @@ def arrival_counters(device: torch.device, count: int = _COUNTERS) -> torch.Tens
     Products on different streams must not share them. During a graph capture new ones belong to the graph;
     so do those of a product that needs more than all others share.
     """
-    if count > _COUNTERS:
+    if count > _COUNTERS or device.type == "meta":
         return torch.zeros(count, dtype=torch.int32, device=device)
     counters: torch.Tensor | None = getattr(_captured, "counters", None)
     if counters is not None and counters.device == device:

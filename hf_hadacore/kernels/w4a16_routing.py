@@ -16,7 +16,7 @@ from .launcher import run
 
 # Slots that a program looks at together.
 _BLOCK = 4096
-_NUM_WARPS = 8
+_NUM_WARPS = 16
 
 
 class Routing(NamedTuple):

@@ -1,0 +1,182 @@
+"""Compiling the kernels of a model when it is loaded, so that its first calls do not have to.
+
+What those calls will launch is launched here with meta tensors, which compiles it and nothing else, all at
+the same time, in threads. A kernel that is missed is compiled when it is called.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .decode_cache import bucket
+from .experts import HadaCoreExperts
+from .fusion import FusedAttention, FusedMlp, FusedNorm
+from .fusion_probes import NormFormula
+from .kernels import w4a16_experts
+from .kernels.launcher import on_device
+from .kernels.w4a16_launch import Product, compile_product, processors_of
+from .linear_group import products_of
+
+_DTYPES = (torch.float16, torch.bfloat16)
+# Sizes that the cache of a first call may have: attention is split among more programs the longer it is, up
+# to about here.
+_CACHE_SIZES = tuple(dict.fromkeys(bucket(length) for length in (1, 512, 768, 1024)))
+
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def compile_ahead(
+    model: PreTrainedModel, joined: Sequence[Sequence[nn.Module]], tokens: Sequence[int]
+) -> None:
+    """Compile what a model's int4 layers and fused modules will need in `generate`.
+
+    Args:
+        model: loaded and fused; what is not on a GPU needs nothing.
+        joined: layers that will be called by `forward_together`; their weights are joined now.
+        tokens: numbers of tokens of the calls; with 1, those of decoding.
+    """
+    jobs: dict[torch.device, dict[Job, None]] = {}
+    for device, job in _jobs(model, joined, tokens):
+        if _has_kernels(device):
+            jobs.setdefault(device, {})[job] = None
+    for device, of_device in jobs.items():
+        import triton
+
+        with on_device(device), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            for launch, arguments in of_device:
+                launch(*arguments)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _jobs(
+    model: PreTrainedModel, joined: Sequence[Sequence[nn.Module]], tokens: Sequence[int]
+) -> Iterator[tuple[torch.device, Job]]:
+    for device, product in products_of(model, joined):
+        yield from ((device, (compile_product, (product, m, device))) for m in tokens)
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    dtype = model.dtype
+    norms_of_heads = {
+        norm
+        for module in model.modules()
+        if isinstance(module, FusedAttention) and module.formula.norm is not None
+        for norm in (module.q_norm, module.k_norm)
+    }
+    for module in model.modules():
+        if isinstance(module, HadaCoreExperts):
+            yield from _of_experts(module, getattr(config, "num_experts_per_tok", None), tokens)
+        elif isinstance(module, FusedNorm) and module not in norms_of_heads and module.weight.dtype == dtype:
+            size = module.weight.shape[0]
+            for m in tokens:
+                for has_sum in (False, True):
+                    yield module.weight.device, (_norm, (size, dtype, module.formula, m, has_sum))
+        elif isinstance(module, FusedMlp):
+            first = getattr(module, module.formula.projections[0])
+            size = first.out_features // (1 if len(module.formula.projections) == 2 else 2)
+            for m in tokens:
+                arguments = (size, first.weight_scale.dtype, module.formula.activation, m)
+                yield first.weight.device, (_activation, arguments)
+        elif isinstance(module, FusedAttention):
+            yield from _of_attention(module, config, tokens)
+
+
+def _of_experts(
+    module: HadaCoreExperts, choices: int | None, tokens: Sequence[int]
+) -> Iterator[tuple[torch.device, Job]]:
+    dtype = module._group_values("down_proj")[0].dtype
+    if not module._is_tiled or choices is None or dtype not in _DTYPES:
+        return
+    for name in module.projections:
+        experts, n, words = module.get_parameter(name).shape
+        has_zero = module._parameters[f"{name}_zero"] is not None
+        product = Product(n, words * 8, module.group_size, dtype, has_zero, module.has_bias)
+        device = module.get_parameter(name).device
+        for m in tokens:
+            rows = m * choices if name == "down_proj" else m
+            yield device, (w4a16_experts.compile_products, (product, experts, rows, m * choices, device))
+
+
+def _of_attention(
+    module: FusedAttention, config: Any, tokens: Sequence[int]
+) -> Iterator[tuple[torch.device, Job]]:
+    q, k = module.get_submodule("q_proj"), module.get_submodule("k_proj")
+    assert isinstance(q.weight_scale, torch.Tensor) and isinstance(q.weight, torch.Tensor)
+    device, dtype = q.weight.device, q.weight_scale.dtype
+    heads = (q.out_features // module.head_dim, k.out_features // module.head_dim)  # type: ignore[operator]
+    shape = (*heads, module.head_dim, dtype)
+    for m in tokens:
+        if m == 1:
+            yield device, (_rope, (*shape, module.formula.norm, m, _CACHE_SIZES[0]))
+        else:
+            # Whether the number of tokens is a multiple of 16 makes another kernel.
+            yield from ((device, (_rope, (*shape, module.formula.norm, n, None))) for n in (m, m - 1))
+    if 1 in tokens and config._attn_implementation == "sdpa" and dtype in _DTYPES:
+        yield from ((device, (_decode_attention, (*shape, size, device))) for size in _CACHE_SIZES)
+
+
+_meta = partial(torch.empty, device="meta")
+
+
+def _norm(size: int, dtype: torch.dtype, formula: NormFormula, m: int, has_sum: bool) -> None:
+    from .kernels.pointwise_triton import MAX_NORM_SIZE, rms_norm
+
+    x, residual, out, total = (_meta(1, m, size, dtype=dtype) for _ in range(4))
+    if size <= MAX_NORM_SIZE:
+        weight = _meta(size, dtype=dtype)
+        rms_norm(x, residual if has_sum else None, weight, *formula, out, total if has_sum else None)
+
+
+def _activation(size: int, dtype: torch.dtype, activation: str, m: int) -> None:
+    from .kernels.pointwise_triton import gated_activation
+
+    gate, up = _meta(1, m, 2 * size, dtype=dtype).chunk(2, dim=-1)
+    gated_activation(gate, up, activation == "gelu_tanh", _meta(1, m, size, dtype=dtype))
+
+
+def _rope(
+    heads: int,
+    key_heads: int,
+    d: int,
+    dtype: torch.dtype,
+    norm: NormFormula | None,
+    m: int,
+    cache_size: int | None,
+) -> None:
+    from .kernels.pointwise_triton import rope
+
+    joined = _meta(1, m, (heads + 2 * key_heads) * d, dtype=dtype)
+    sizes = [heads * d, key_heads * d, key_heads * d]
+    q, k, v = (part.view(1, m, -1, d) for part in joined.split(sizes, dim=-1))
+    weight = None if norm is None else _meta(d, dtype=dtype)
+    formula = (0.0, 0.0, True) if norm is None else norm
+    cos = _meta(1, m, d, dtype=dtype)
+    q_out = _meta(1, m, heads, d, dtype=dtype)
+    keys = _meta(1, key_heads, cache_size or m, d, dtype=dtype)
+    cache: tuple[Any, ...] = (keys, None, None)
+    if cache_size is not None:
+        cache = (keys, keys, _meta(1, dtype=torch.int64))
+    rope(q, k, None if cache_size is None else v, cos, cos, weight, weight, *formula, q_out, *cache)
+
+
+def _decode_attention(
+    heads: int, key_heads: int, d: int, dtype: torch.dtype, size: int, device: torch.device
+) -> None:
+    from .kernels.decode_attention_triton import HEAD_DIMS, choose_splits, launch
+    from .kernels.launcher import has_pdl
+
+    if d not in HEAD_DIMS or heads > 16 * key_heads:
+        return
+    query = _meta(1, 1, heads, d, dtype=dtype).transpose(1, 2)
+    keys, mask = _meta(1, key_heads, size, d, dtype=dtype), _meta(1, 1, 1, size, dtype=dtype)
+    splits = choose_splits(key_heads, size, processors_of(device.index or 0))
+    out = _meta(1, 1, heads, d, dtype=dtype)
+    arrived = _meta(key_heads, dtype=torch.int32) if splits > 1 else out
+    launch(query, keys, keys, mask, None, out, arrived, splits, has_pdl(device))
