@@ -19,105 +19,23 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from check_hadamard_gpu import exact_transform
 from gpu_report import about_this_run, write_report
+from rotate_quantize_exact import SUMS, TWO_TERMS, exact_rotation, in_token_order, worst_error
 
-from hf_hadacore.hadamard_matrices import hadamard_matrix
-from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize, rotate_quantize_into_cache
+from hf_hadacore.kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
 from hf_hadacore.kernels.rotate_quantize_checks import BLOCK_SIZES, LARGEST
 
 VARIANTS = 56
 CASES_OF_A_VARIANT = 38
 REPEATS = 1000
 HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
-# What fp32 sums may be off, relative to a token's largest magnitude.
-SUMS = 2e-5
-# The same where two bf16 terms of a value go into them.
-TWO_TERMS = 1e-4
-# Bits of the mantissa and exponent of the smallest normal number.
-_FORMATS = {torch.float8_e4m3fn: (3, -6), torch.float8_e5m2: (2, -14)}
-
-
-def nearest_bf16(x: torch.Tensor) -> torch.Tensor:
-    """float64 rounded to bf16's 8 significant bits once: torch's own cast goes through fp32."""
-    bits = x.view(torch.int64)
-    bits = bits + (1 << 44) - 1 + (bits >> 45 & 1)
-    return (bits >> 45 << 45).view(torch.float64)
-
-
-def exact_rotation(
-    x: torch.Tensor,
-    rotate: bool = True,
-    offset: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    sign: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What is quantized, in float64, but for what `rotate_quantize` promises to round where x is bf16."""
-    d, is_bf16 = x.shape[-1], x.dtype == torch.bfloat16
-    x = x.double()
-    if cos is not None and sin is not None:
-        rounded = nearest_bf16 if is_bf16 and cos.dtype == torch.bfloat16 else torch.Tensor.double
-        low, high = x[..., : d // 2], x[..., d // 2 :]
-        cos, sin = cos.double()[:, None], sin.double()[:, None]
-        first = rounded(rounded(low * cos[..., : d // 2]) - high * sin[..., : d // 2])
-        second = rounded(rounded(high * cos[..., -(d // 2) :]) + low * sin[..., -(d // 2) :])
-        x = torch.cat((first, second), dim=-1)
-    if offset is not None:
-        x = x - offset.double()[..., None, :]
-        # What is rounded to bf16 is fp32.
-        x = nearest_bf16(x.float().double()) if is_bf16 and rotate else x
-    if sign is not None:
-        x = x * sign.double()
-    return x @ hadamard_matrix(d).to(x).T * d**-0.5 if rotate else x
-
-
-def worst_error(
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    exact: torch.Tensor,
-    group: int,
-    tolerance: float,
-    norm: float = 1.0,
-    power_of_2: bool = False,
-) -> float:
-    """How far the worst value or scale is off, where 1 is what rounding may cost.
-
-    Args:
-        values: 8-bit, of the shape of `exact`.
-        scale: as `rotate_quantize` returns it.
-        exact: float64 ``[..., S, D]``.
-        group: tokens of a scale; 0 for all of a head.
-        tolerance: of what is rounded, relative to the largest magnitude.
-        norm: of the rotation, which decides what counts as zero.
-        power_of_2: whether scales were rounded up to powers of two.
-    """
-    tokens = exact.shape[-2]
-    if exact.numel() == 0:
-        return 0.0
-    size = group or tokens
-    maxima = [part.abs().amax((-2, -1)) for part in exact.split(size, dim=-2)]
-    expected = torch.stack(maxima, dim=-1).clamp(min=SMALLEST_MAXIMUM * norm) / LARGEST[values.dtype]
-    scale = scale.double().reshape(expected.shape)
-    if power_of_2:
-        # Next to a power of two either that or the next one is right.
-        is_right = (scale >= expected * (1 - tolerance)) & (scale < 2 * expected * (1 + tolerance))
-        if not bool((is_right & (scale.frexp().mantissa == 0.5)).all()):
-            return float("inf")
-        expected = scale
-    scale_error = ((scale - expected).abs() / expected).max() / tolerance
-    quotient = exact / expected.repeat_interleave(size, -1)[..., :tokens, None]
-    step = torch.ones_like(quotient)
-    if values.dtype in _FORMATS:
-        bits, smallest = _FORMATS[values.dtype]
-        step = 2 ** (quotient.abs().clamp(min=2.0**smallest).log2().floor() - bits)
-    error = (values.double() - quotient).abs() / (step / 2 + 2 * tolerance * LARGEST[values.dtype])
-    # A NaN is worse than anything.
-    return float(torch.cat([scale_error.reshape(1), error.max().reshape(1)]).nan_to_num(torch.inf).max())
-
-
-def in_token_order(values: torch.Tensor) -> torch.Tensor:
-    """Undo `interleave`: ``[..., S16]``."""
-    return values.unflatten(-1, (values.shape[-1] // 16, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+# Activations: rows that are longer than heads.
+ROW_SIZES = (
+    *(264, 384, 512, 1024, 2048, 3072, 4096, 4864, 5120, 6144, 8192, 8960, 10240, 11008, 13824, 14336),
+    *(16384, 18944, 27648, 28672, 32768),
+)
+CASES_OF_A_ROW_SIZE = 12
 
 
 class Variant(NamedTuple):
@@ -321,6 +239,39 @@ def run_variant(number: int) -> tuple[float, str, int]:
     return worst, worst_case, CASES_OF_A_VARIANT
 
 
+def run_rows(n: int) -> tuple[float, str, int]:
+    """The same for rows of n elements, which have a kernel of their own."""
+    draw = random.Random(n)
+    torch.manual_seed(n)
+    torch.use_deterministic_algorithms(True)
+    # Few kernels for many cases.
+    kinds = [
+        (x_dtype, draw.choice(list(LARGEST)), draw.random() < 0.5, draw.random() < 0.3)
+        for x_dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    worst, worst_case = -1.0, ""
+    for case in range(CASES_OF_A_ROW_SIZE):
+        x_dtype, dtype, power_of_2, has_sign = kinds[case % len(kinds)]
+        what = f"case {case} of rows of {n}, {x_dtype}, {dtype}, power_of_2 {power_of_2}, sign {has_sign}"
+        rows, layout = (
+            draw.choice([1, 2, 3, 65, 257]),
+            draw.choice(["contiguous", "fused", "every second", "odd"]),
+        )
+        try:
+            x = draw_x(draw, layout, (1, 1, rows, n), x_dtype)[0, 0]
+            what += f", x {tuple(x.shape)} of strides {x.stride()}"
+            sign = (torch.randint(0, 2, (n,), device="cuda") * 2 - 1).to(x_dtype) if has_sign else None
+            values, scale = rotate_quantize(x, dtype=dtype, power_of_2=power_of_2, sign=sign)
+            exact = exact_transform(x if sign is None else x * sign, n) * n**-0.5
+            tolerance = TWO_TERMS if x_dtype == torch.float32 else SUMS
+            error = worst_error(values, scale, exact, 1, tolerance, n**-0.5, power_of_2)
+        except Exception:
+            return float("inf"), f"{what}: {traceback.format_exc()}", case
+        if error > worst:
+            worst, worst_case = error, what
+    return worst, worst_case, CASES_OF_A_ROW_SIZE
+
+
 def summary_of(outcomes: list[tuple[float, str, int]]) -> dict[str, Any]:
     for worst, what, _ in outcomes:
         if worst > 1:
@@ -416,10 +367,11 @@ def main(
     }
     with pool_of_processes() as pool:
         futures: dict[str, Future[bool]] = {name: pool.submit(check) for name, check in checks.items()}
-        report["random_cases"] = summary_of(
-            list(pool.map(run_variant, range(VARIANTS + len(NAMED_VARIANTS))))
-        )
-    failed = ["random_cases"] if report["random_cases"]["failed"] else []
+        # What takes longest to compile comes first.
+        rows = pool.map(run_rows, ROW_SIZES[::-1])
+        heads = pool.map(run_variant, range(VARIANTS + len(NAMED_VARIANTS)))
+        report["random_cases"], report["random_rows"] = summary_of(list(heads)), summary_of(list(rows))
+    failed = [name for name in ("random_cases", "random_rows") if report[name]["failed"]]
     for name, future in futures.items():
         error = future.exception()
         if error is not None:

@@ -69,6 +69,12 @@ class _Language:
     def join(self, x, y):
         return torch.stack((x, y), dim=-1)
 
+    def maximum(self, x, y):
+        return torch.maximum(x, y)
+
+    def max(self, x, axis):
+        return x.amax(axis)
+
     def convert_layout(self, x, layout, assert_trivial=False):
         return x
 

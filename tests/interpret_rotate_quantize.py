@@ -10,7 +10,7 @@ from itertools import product
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from check_rotate_quantize_gpu import SUMS, exact_rotation, in_token_order, worst_error
+from rotate_quantize_exact import SUMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels import rotate_quantize_triton
 from hf_hadacore.kernels.rotate_quantize import SMALLEST_MAXIMUM, rotate_quantize

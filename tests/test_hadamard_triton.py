@@ -209,6 +209,7 @@ def test_schedules_of_all_sizes_can_be_compiled(order):
             continue
         for is_wide, is_small in product((False, True), repeat=2):
             found = [schedules.choose(steps.heads, steps.column_bits, is_wide, is_small)]
+            found.append(schedules.choose_quantized(steps.heads, steps.column_bits, is_wide))
             if not is_wide:
                 found += schedules.candidates(steps.heads, steps.column_bits)
             for each in found:

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from check_rotate_quantize_gpu import SUMS, exact_rotation, in_token_order, worst_error
+from rotate_quantize_exact import SUMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix

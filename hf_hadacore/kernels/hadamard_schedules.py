@@ -161,6 +161,23 @@ def choose(heads: tuple[int, ...], column_bits: int, is_wide: bool, is_small: bo
 
 
 @cache
+def choose_quantized(heads: tuple[int, ...], column_bits: int, is_wide: bool) -> Schedule:
+    """The schedule of programs that keep the fp32 results of their rows in registers.
+
+    Args:
+        heads, column_bits, is_wide: as for `choose`.
+    """
+    found = choose(heads, column_bits, is_wide, is_small=False)
+    tiles = -(-found.matrix // 16)
+    if tiles == 1:
+        return found
+    # For each tile a thread has half as many results as its warp has columns. More than 8 warps of 16 columns
+    # could not exchange the bits that lie between them.
+    columns = 16 if found.column_bits < 8 and (tiles > 8 or is_wide) else 32
+    return schedule(found.matrix, found.column_bits, columns, 2 if found.column_bits > 3 else 128 // columns)
+
+
+@cache
 def choose_hopper(heads: tuple[int, ...], column_bits: int, is_small: bool) -> HopperSchedule | None:
     """The schedule for rows of 16-bit elements, as measured on an H100; None where `choose` has a better one.
 

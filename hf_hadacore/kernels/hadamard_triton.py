@@ -12,6 +12,7 @@ import torch
 from ..hadamard_matrices import hadamard_matrix
 from . import hadamard_schedules as schedules
 from .launcher import has_pdl, run
+from .rotate_quantize_checks import bits_of
 from .w4a16_launch import processors_of
 
 # Intermediate results of sizes that take several passes stay in the L2 cache: rows are transformed in groups.
@@ -73,6 +74,59 @@ def launch(
             inner //= order
             source, signs = target.view(-1, inner), None
         _transform_rows(source, result.view(-1, inner), steps, scale, None, transpose, schedule)
+
+
+def quantizes(x: torch.Tensor, factors: tuple[int, ...]) -> bool:
+    """Whether `launch_quantized` takes rows of this size on this device, but for the 8-bit dtype."""
+    return _has_kernel(x.device) and not schedules.steps_of(factors).leading
+
+
+def launch_quantized(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    factors: tuple[int, ...],
+    largest: float,
+    smallest: float,
+    power_of_2: bool = False,
+    sign: torch.Tensor | None = None,
+    schedule: schedules.Schedule | None = None,
+) -> None:
+    """H (sign * x) / sqrt(n) per row as 8-bit values with a scale, on the current device.
+
+    Args:
+        x: as for `launch`, with at least one row.
+        values: 8-bit ``[rows, n]``, contiguous.
+        scale: fp32 ``[rows]``, contiguous.
+        factors: as for `launch`; `quantizes` says of which.
+        largest: of the dtype of values.
+        smallest: a maximum that is below this counts as this, before the division by sqrt(n).
+        power_of_2: round scales up to powers of two.
+        sign: ``[n]`` of +1 and -1, or None.
+        schedule: for tuning; chosen by size if None.
+    """
+    from .hadamard_quantize import quantize_rows_kernel
+
+    rows = x.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    steps = schedules.steps_of(factors)
+    is_wide = x.dtype == torch.float32
+    if schedule is None:
+        schedule = schedules.choose_quantized(steps.heads, steps.column_bits, is_wide)
+    orders = (*steps.heads, schedule.matrix // prod(steps.heads))
+    matrix = _packed_matrix(orders, schedule.is_mixed, False, x.dtype, x.device)
+    unit = _unit(x.stride(0))
+    options = (schedule.is_mixed, 2 if is_wide else 1, unit, largest, bits_of(smallest), power_of_2)
+    _run(
+        quantize_rows_kernel,
+        (x, values, scale, matrix, sign),
+        (rows, x.stride(0) // unit),
+        (schedule.matrix, schedule.column_bits, schedule.rows, *options),
+        -(-rows // schedule.rows),
+        schedule.num_warps,
+    )
 
 
 def _transform_rows(

@@ -8,6 +8,7 @@ put into the rotation keeps 16 significant bits (two bf16 terms): a value can la
 import torch
 import torch.nn.functional as F
 
+from ..hadamard_matrices import hadamard_factors
 from .hadamard import hadamard_transform
 from .launcher import goes_straight, on_device
 from .rotate_quantize_checks import LARGEST, TOKENS_OF_A_ROW, check, check_cache, whole_rows
@@ -54,8 +55,8 @@ def rotate_quantize(
     in x makes it NaN or infinite, so that every dequantized value that shares it is NaN or infinite too, from
     int8 as well.
 
-    Not differentiable. On CUDA rows of more than 256 elements take several passes: `hadamard_transform`, then
-    torch.
+    Not differentiable. On CUDA everything is one pass for D up to 256, and for rotated rows with a scale per
+    token up to 32768 (without transpose, offset and cos); the rest takes several passes of torch's.
 
     Args:
         x: fp16, bf16 or fp32 ``[B, H, S, D]``, any strides, D even; ``[B, S, H, D].transpose(1, 2)`` is
@@ -261,12 +262,23 @@ def _cache_anywhere(x, values, scale, position, rotate, transpose, interleave, p
 torch.library.impl("hf_hadacore::rotate_quantize_into_cache", "default", _cache_anywhere)
 
 
+def _knows(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    # Casts to 8-bit floats came with sm_89.
+    return dtype == torch.int8 or torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
 def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
     from .rotate_quantize_triton import MAX_HEAD_SIZE
 
-    # Casts to 8-bit floats came with sm_89.
-    is_known = dtype == torch.int8 or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return is_known and x.shape[-1] <= MAX_HEAD_SIZE
+    return x.shape[-1] <= MAX_HEAD_SIZE and _knows(x, dtype)
+
+
+def _has_rows_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    from .hadamard_triton import quantizes
+    from .rotate_quantize_triton import MAX_HEAD_SIZE
+
+    d = x.shape[-1]
+    return d > MAX_HEAD_SIZE and _knows(x, dtype) and quantizes(x, hadamard_factors(d))
 
 
 def _launch(
@@ -301,8 +313,31 @@ def _launch(
         )
 
 
-def _cuda(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front):
+def _launch_rows(x, dtype, power_of_2, sign):
+    """Rows that are longer than heads are."""
+    from .hadamard_triton import launch_quantized
+
+    values, scales = _empty(x, dtype, "token", 0, False, False)
+    with on_device(x.device):
+        launch_quantized(
+            x.reshape(-1, x.shape[-1]),
+            values.view(-1, x.shape[-1]),
+            scales.view(-1),
+            factors=hadamard_factors(x.shape[-1]),
+            largest=LARGEST[dtype],
+            smallest=SMALLEST_MAXIMUM,
+            power_of_2=power_of_2,
+            sign=sign if sign is None else sign.to(x.dtype).contiguous(),
+        )
+    return values, scales
+
+
+def _cuda(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, offset, cos, sin, sign):
+    front = (offset, cos, sin, sign)
     check(x, dtype, scale, block_size, rotate, transpose, interleave, *front)
+    is_plain = scale == "token" and rotate and not transpose and offset is None and cos is None
+    if is_plain and x.numel() and _has_rows_kernel(x, dtype):
+        return _launch_rows(x, dtype, power_of_2, sign)
     # Only heads have a scale without any token.
     if not _has_kernel(x, dtype) or x.numel() == 0:
         return rotate_quantize_reference(

@@ -1,5 +1,7 @@
 """What `rotate_quantize` takes, and the errors that say what it does not."""
 
+from functools import cache
+
 import torch
 
 from ..errors import FormatError
@@ -16,6 +18,12 @@ TOKENS_OF_A_ROW = 16
 def whole_rows(tokens: int) -> int:
     """How many tokens a row of transposed values has room for."""
     return -(-tokens // TOKENS_OF_A_ROW) * TOKENS_OF_A_ROW
+
+
+@cache
+def bits_of(value: float) -> int:
+    """Of an fp32 number, as an integer."""
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 def check(x, dtype, scale, block_size, rotate, transpose, interleave, offset, cos, sin, sign) -> None:

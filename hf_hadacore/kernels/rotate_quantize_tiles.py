@@ -95,6 +95,20 @@ def up_to_power_of_2(b):
 
 
 @triton.jit
+def scales_of(
+    b_maximum, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, NORM: tl.constexpr, POWER_OF_2: tl.constexpr
+):
+    """Scales of what has these magnitudes (bits; SMALLEST at least), and what it is multiplied by."""
+    b_maximum = tl.maximum(b_maximum, SMALLEST).to(tl.float32, bitcast=True)
+    b_scale = b_maximum * (NORM / LARGEST)
+    if POWER_OF_2:
+        b_scale = up_to_power_of_2(b_scale)
+        return b_scale, tl.div_rn(NORM, b_scale)
+    else:
+        return b_scale, tl.div_rn(LARGEST, b_maximum)
+
+
+@triton.jit
 def token_of_place(o):
     """Which of interleaved tokens stands at a place, counted from a multiple of 16."""
     return o // 16 * 16 + o % 4 // 2 * 8 + o % 16 // 4 * 2 + o % 2

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..hadamard_matrices import hadamard_matrix
 from .launcher import has_pdl, run
+from .rotate_quantize_checks import bits_of
 from .rotate_quantize_schedules import HOPPER_MEMORY, Schedule, choose
 from .rotate_quantize_tiles import (
     half_of,
@@ -25,10 +26,10 @@ from .rotate_quantize_tiles import (
     matrices,
     place_of_token,
     product,
+    scales_of,
     to_8_bits,
     token_of_place,
     turn,
-    up_to_power_of_2,
 )
 from .w4a16_launch import processors_of
 
@@ -170,14 +171,8 @@ def _rotate_quantize_kernel(
         if p_values is None:
             tl.atomic_max(p_maximum + i_head, tl.max(b_maximum, axis=0), sem="relaxed")
         else:
-            b_maximum = tl.maximum(b_maximum, SMALLEST).to(tl.float32, bitcast=True)
             NORM: tl.constexpr = D**-0.5 if ROTATE else 1.0
-            b_scale = b_maximum * (NORM / LARGEST)
-            if POWER_OF_2:
-                b_scale = up_to_power_of_2(b_scale)
-                b_inverse = tl.div_rn(NORM, b_scale)
-            else:
-                b_inverse = tl.div_rn(LARGEST, b_maximum)
+            b_scale, b_inverse = scales_of(b_maximum, SMALLEST, LARGEST, NORM, POWER_OF_2)
             i_to = i_start + i_t
             if p_position is not None:
                 m_to = m_t & (o_t < scales - i_to)
@@ -311,7 +306,7 @@ def launch(
                 heads_of_tile,
                 group,
                 largest,
-                _bits_of(smallest),
+                bits_of(smallest),
                 rotate,
                 transpose,
                 interleave,
@@ -370,8 +365,3 @@ def _matrix_on(device: torch.device, d: int, padded: int, dtype: torch.dtype) ->
     quarters = quarters.flatten(0, 1)[: 4 if d & (d - 1) else 1]
     missing = padded - d // 2
     return F.pad(quarters, (0, missing, 0, missing)).contiguous().to(device, dtype)
-
-
-@cache
-def _bits_of(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
