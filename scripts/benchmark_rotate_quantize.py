@@ -7,19 +7,24 @@ Times are microseconds in CUDA-graph replays over inputs that rotate out of the 
 time in which a copy, timed in the same run, moves the bytes of x, of cos and sin, and of the 8-bit values.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import typer
 from check_hadamard_gpu import in_processes
 from gpu_report import about_this_run, write_report
 
-from hf_hadacore.kernels import rotate_quantize_triton
+from hf_hadacore.hadamard_matrices import hadamard_factors
+from hf_hadacore.kernels import hadamard_schedules, rotate_quantize_triton
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
 from hf_hadacore.kernels.rotate_quantize import rotate_quantize
 from hf_hadacore.kernels.rotate_quantize_triton import Schedule
+
+AnySchedule = Schedule | hadamard_schedules.Schedule
 
 
 class Work(NamedTuple):
@@ -74,11 +79,16 @@ def works() -> list[Work]:
         Work("q and k, d 96, fp8, token", both, 8192, 96, dict(dtype=fp8)),
         Work("q and k, d 256, fp8, token", (16, 8), 8192, 256, dict(dtype=fp8)),
         Work("q and k, one token, RoPE of one half, fp8", both, 1, 128, dict(dtype=fp8), "half"),
+        *(
+            Work(f"activations of {d}, fp8, token", (1,), (1 << 25) // d, d, dict(dtype=fp8))
+            for d in (2048, 4096, 8192, 14336, 28672, 11008, 18944)
+        ),
+        Work("activations of 4096, int8, token", (1,), 8192, 4096, dict(dtype=int8)),
     ]
 
 
 def calls_of(
-    work: Work, schedule: Schedule | None = None, copies: int | None = None
+    work: Work, schedule: AnySchedule | None = None, copies: int | None = None
 ) -> tuple[list[Any], int]:
     """Calls on inputs that rotate out of the cache, and the bytes of one of them."""
     d, tokens = work.d, work.tokens
@@ -99,15 +109,13 @@ def calls_of(
     return calls, 3 * elements + angle_bytes
 
 
-def run_work(inputs: list[torch.Tensor], options: dict[str, Any], schedule: Schedule | None) -> list[Any]:
+def run_work(inputs: list[torch.Tensor], options: dict[str, Any], schedule: AnySchedule | None) -> list[Any]:
     if schedule is None:
         return [rotate_quantize(x, **options) for x in inputs]
-    choose = rotate_quantize_triton.choose
-    rotate_quantize_triton.choose = lambda *_, **__: schedule
-    try:
+    is_long = isinstance(schedule, hadamard_schedules.Schedule)
+    module, name = (hadamard_schedules, "choose_quantized") if is_long else (rotate_quantize_triton, "choose")
+    with patch.object(module, name, lambda *_, **__: schedule):
         return [rotate_quantize(x, **options) for x in inputs]
-    finally:
-        rotate_quantize_triton.choose = choose
 
 
 def times_of(works: list[Work]) -> list[dict[str, Any]]:
@@ -129,7 +137,7 @@ def times_of(works: list[Work]) -> list[dict[str, Any]]:
     return times
 
 
-def candidates() -> list[tuple[Work, Schedule]]:
+def candidates() -> list[tuple[Work, AnySchedule]]:
     """Schedules to compare, for one work of each kind."""
     plain = [
         *(Schedule(tile, warps) for tile, warps in ((64, 4), (128, 4), (64, 8), (128, 8))),
@@ -160,7 +168,7 @@ def candidates() -> list[tuple[Work, Schedule]]:
         Schedule(256, 8),
         Schedule(256, 16),
     ]
-    found = {
+    found: dict[str, Sequence[AnySchedule]] = {
         "q and k, fp8, token": plain,
         "q and k, fp8, block 128": [each for each in plain if each.tile == 128],
         "q and k, RoPE of one half, fp8, token": rope,
@@ -170,10 +178,14 @@ def candidates() -> list[tuple[Work, Schedule]]:
         "v, transposed and interleaved, fp8, token": values,
         "q and k, d 256, fp8, token": wide,
     }
+    for d in (4096, 11008, 14336, 28672):
+        steps = hadamard_schedules.steps_of(hadamard_factors(d))
+        schedules = hadamard_schedules.quantized_candidates(steps.heads, steps.column_bits)
+        found[f"activations of {d}, fp8, token"] = schedules
     return [(work, schedule) for work in works() for schedule in found.get(work.name, [])]
 
 
-def compile_work(job: tuple[Work, Schedule | None]) -> None:
+def compile_work(job: tuple[Work, AnySchedule | None]) -> None:
     """Compile into Triton's cache, from where the process that times loads it."""
     work, schedule = job
     calls_of(work, schedule, copies=1)[0][0]()

@@ -304,6 +304,17 @@ def split_candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]
     return found
 
 
+def quantized_candidates(heads: tuple[int, ...], column_bits: int) -> list[Schedule]:
+    """Schedules whose programs can keep all results, 128 a thread at most."""
+    found = [each._replace(split=1) for each in candidates(heads, column_bits)]
+    fitting = [
+        each
+        for each in found
+        if -(-each.matrix // 16) * (each.rows << each.column_bits) <= 256 * each.num_warps
+    ]
+    return list(dict.fromkeys([choose_quantized(heads, column_bits, False), *fitting]))
+
+
 def _fits_registers(m: int, columns: int) -> bool:
     """Whether a thread's share of x and of one tile of the result does."""
     return (m + 47) // 16 * columns <= 640
