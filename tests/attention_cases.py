@@ -57,8 +57,8 @@ def make_problem(
         dtype: of queries and keys.
         is_causal, window, softcap: as in `attention_8bit`.
         per_token: whether every token has its scales, instead of 128.
-        ragged: whether key_start, key_end and query_start are given, different for each sequence; the last
-            sequence then has a query that sees nothing.
+        ragged: whether key_start, key_end and query_start are given, different for each sequence; of several
+            sequences the last then has a query that stands before its first key.
         has_sinks, has_offset: whether sinks and logit_offset are given.
         device: of the tensors.
         seed: of the numbers.
@@ -87,8 +87,8 @@ def make_problem(
         start = (row + 1) * keys // (4 * batch)
         end = keys - row * keys // (3 * batch)
         position = end - tokens
-        # The last sequence's first query stands before its first key.
-        position[-1] = start[-1] - 1
+        if batch > 1:
+            position[-1] = start[-1] - 1
     n = torch.arange(keys)
     is_hidden = (n < start[:, None]) | (n >= end[:, None])
     key = key.view(torch.uint8).masked_fill(is_hidden[:, None, :, None], 0x7F).view(dtype)

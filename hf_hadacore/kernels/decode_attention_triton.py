@@ -43,9 +43,10 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _weights(b_logit, b_max):
-    """exp(logit - max), and 0 where everything up to here is masked."""
-    return tl.exp(b_logit - tl.where(b_max == float("-inf"), 0.0, b_max))
+def _weights(b_logit, b_max, BASE_2: tl.constexpr = False):
+    """exp(logit - max), or 2^(logit - max), and 0 where everything up to here is masked."""
+    b_relative = b_logit - tl.where(b_max == float("-inf"), 0.0, b_max)
+    return tl.exp2(b_relative) if BASE_2 else tl.exp(b_relative)
 
 
 @triton.jit
@@ -69,29 +70,32 @@ def _live_blocks(p_mask, length, i_split, BLOCK: tl.constexpr, SPLITS: tl.conste
 
 
 @triton.jit
-def _combine(
+def combine(
     p_acc,
     p_max,
     p_sum,
-    p_out,
-    GROUP: tl.constexpr,
+    o_row,
+    rows,
+    splits,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    BASE_2: tl.constexpr,
 ):
-    """Add up the partial results ``[SPLITS, GROUP, D]`` of the splits."""
-    o_g = tl.arange(0, GROUP_BLOCK)
+    """Add up rows o_row of the partial results ``[splits, rows, D]`` of at most SPLITS splits.
+
+    Returns:
+        Sums of values, maxima, and sums of weights.
+    """
     o_d = tl.arange(0, D_BLOCK)
-    m_out = (o_g < GROUP)[:, None] & (o_d < D)[None, :]
-    b_max = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([GROUP_BLOCK], tl.float32)
-    b_acc = tl.zeros([GROUP_BLOCK, D_BLOCK], tl.float32)
+    b_max = tl.full([o_row.shape[0]], float("-inf"), tl.float32)
+    b_sum = tl.zeros([o_row.shape[0]], tl.float32)
+    b_acc = tl.zeros([o_row.shape[0], D_BLOCK], tl.float32)
     for first in tl.static_range(0, SPLITS, CHUNK):
         o_s = first + tl.arange(0, CHUNK)
-        m_rows = (o_s < SPLITS)[:, None] & (o_g < GROUP)[None, :]
-        o_rows = o_s[:, None] * GROUP + o_g[None, :]
+        m_rows = (o_s < splits)[:, None] & (o_row < rows)[None, :]
+        o_rows = o_s[:, None] * rows + o_row[None, :]
         m_acc = m_rows[:, :, None] & (o_d < D)[None, None, :]
         o_acc = o_rows[:, :, None] * D + o_d[None, None, :]
         # Other programs have written these: they are in the L2 cache, not in this processor's L1.
@@ -99,13 +103,12 @@ def _combine(
         b_part_max = tl.load(p_max + o_rows, mask=m_rows, other=float("-inf"), cache_modifier=".cg")
         b_part_sum = tl.load(p_sum + o_rows, mask=m_rows, other=0.0, cache_modifier=".cg")
         b_new_max = tl.maximum(b_max, tl.max(b_part_max, axis=0))
-        b_weight = _weights(b_part_max, b_new_max[None, :])
-        b_decay = _weights(b_max, b_new_max)
+        b_weight = _weights(b_part_max, b_new_max[None, :], BASE_2)
+        b_decay = _weights(b_max, b_new_max, BASE_2)
         b_sum = b_sum * b_decay + tl.sum(b_weight * b_part_sum, axis=0)
         b_acc = b_acc * b_decay[:, None] + tl.sum(b_weight[:, :, None] * b_part, axis=0)
         b_max = b_new_max
-    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    tl.store(p_out + o_g[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+    return b_acc, b_max, b_sum
 
 
 @triton.jit
@@ -219,18 +222,24 @@ def _decode_attention_kernel(
         tl.debug_barrier()
         if is_last:
             tl.store(p_arrived + i_head, 0)
-            _combine(
+            o_all = tl.arange(0, GROUP_BLOCK)
+            b_all, _, b_all_sum = combine(
                 p_partials + i_row * D,
                 p_max + i_row,
                 p_sum + i_row,
-                p_out + i_head.to(tl.int64) * GROUP * D,
+                o_all,
                 GROUP,
+                SPLITS,
                 D,
                 SPLITS,
-                GROUP_BLOCK,
                 D_BLOCK,
                 CHUNK,
+                False,
             )
+            b_out = b_all / tl.where(b_all_sum == 0.0, 1.0, b_all_sum)[:, None]
+            o_out = (i_head * GROUP + o_all).to(tl.int64)[:, None] * D + o_d[None, :]
+            m_out = (o_all < GROUP)[:, None] & m_d[None, :]
+            tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def block_of(head_dim: int) -> int:

@@ -30,14 +30,18 @@ _OPTIONS: dict[bool, dict[str, Any]] = {
 
 
 @triton.jit
-def _prefetch(p_values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Ask for SIZE 16-bit (or wider) values to be brought to L2; BLOCK >= SIZE is a power of two."""
-    # One request per cache line of 128 bytes.
-    LINES: tl.constexpr = 1 if BLOCK < 64 else BLOCK // 64
-    p_lines = p_values + tl.minimum(tl.arange(0, LINES) * 64, SIZE - 1)
+def prefetch_lines(p_lines):
+    """Ask for the cache lines of 128 bytes at some addresses to be brought to L2."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [p_lines], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def _prefetch(p_values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Ask for SIZE 16-bit (or wider) values to be brought to L2; BLOCK >= SIZE is a power of two."""
+    LINES: tl.constexpr = 1 if BLOCK < 64 else BLOCK // 64
+    prefetch_lines(p_values + tl.minimum(tl.arange(0, LINES) * 64, SIZE - 1))
 
 
 @triton.jit
