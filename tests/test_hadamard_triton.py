@@ -212,6 +212,7 @@ def test_schedules_of_all_sizes_can_be_compiled(order):
             found.append(schedules.choose_quantized(steps.heads, steps.column_bits, is_wide))
             if not is_wide:
                 found += schedules.candidates(steps.heads, steps.column_bits)
+                found += schedules.quantized_candidates(steps.heads, steps.column_bits)
             for each in found:
                 assert each.num_warps <= 16 and each.rows >= 1
                 assert each.matrix << each.column_bits == n // prod(steps.leading)
