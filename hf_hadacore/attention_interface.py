@@ -321,7 +321,8 @@ def attend(
         # What the constant took away matters where logits are not only compared with each other.
         heads = stored.constant.shape[1]
         grouped = query.unflatten(1, (heads, -1)).float()
-        logit_offset = scale * torch.einsum("bhgsd,bhd->bhgs", grouped, stored.constant).flatten(1, 2)
+        logit_offset = scale * torch.einsum("bhgsd,bhd->bhgs", grouped, stored.constant)
+        logit_offset = logit_offset.flatten(1, 2).contiguous()
     values, query_scale = rotate_quantize(query, dtype=stored.key.dtype)
     output = attention_8bit(
         values,

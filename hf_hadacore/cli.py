@@ -88,6 +88,9 @@ def quantize(
     quantize_lm_head: Annotated[
         bool, typer.Option("--quantize-lm-head", help="Quantize the output head.")
     ] = False,
+    attention: Annotated[
+        str | None, typer.Option(metavar="MODE", help="8-bit attention by default: fp8 or int8-fp8.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and unquantized weights; default: the checkpoint's.")
     ] = None,
@@ -107,6 +110,7 @@ def quantize(
         modules_to_not_convert=skip,
         overrides=overrides,
         quantize_lm_head=quantize_lm_head,
+        attention=attention,
     )
     try:
         report = quantize_checkpoint(
@@ -144,6 +148,10 @@ def generate(
         float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
     ] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(metavar="MODE", help="fp8 or int8-fp8 for 8-bit attention; default: the checkpoint's."),
+    ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
     ] = None,
@@ -152,14 +160,20 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+    from .attention_interface import ATTENTION_NAMES
     from .checkpoint import find_source
     from .errors import CheckpointError
 
+    if attention not in (None, *ATTENTION_NAMES):
+        raise typer.BadParameter(
+            f"{attention!r} is not one of {tuple(ATTENTION_NAMES)}", param_hint="--attention"
+        )
+    options = {} if attention is None else {"attn_implementation": ATTENTION_NAMES[attention]}
     source = find_source(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(source, device_map={"": place})
+        model: Any = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **options)
     except (OSError, ValueError) as error:
         if isinstance(error, HadaCoreError):
             raise

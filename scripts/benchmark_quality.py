@@ -170,10 +170,10 @@ def main(
         measured = measure(name, content, windows or WINDOWS[name], work)
         report["models"][name] = measured | {"seconds": round(time.perf_counter() - start)}
         if json_file is not None:
-            _merge(report, json_file)
+            merge_report(report, json_file)
 
 
-def _merge(report: dict[str, Any], file: Path) -> None:
+def merge_report(report: dict[str, Any], file: Path) -> None:
     """Write the report, and keep what the file says of other models measured in the same way."""
     if file.exists():
         before = json.loads(file.read_text())

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import VOCAB_SIZE, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_hadacore import __version__, checkpoint
+from hf_hadacore import HadaCoreCache, __version__, checkpoint
 from hf_hadacore.cli import app
 
 runner = CliRunner()
@@ -55,7 +56,7 @@ def test_quantize_passes_its_options_on(src: Path, tmp_path: Path) -> None:
             "--override",
             "q_proj:skip=true",
         ),
-        *("--dtype", "float16", "--max-shard-size", "20KB", "--device", "cpu"),
+        *("--dtype", "float16", "--max-shard-size", "20KB", "--device", "cpu", "--attention", "int8-fp8"),
     )
     assert result.exit_code == 0, result.output
     assert "of the source" in result.stdout
@@ -64,6 +65,7 @@ def test_quantize_passes_its_options_on(src: Path, tmp_path: Path) -> None:
     assert recipe["symmetric"] is True
     assert recipe["modules_to_not_convert"] == ["o_proj"]
     assert recipe["quantize_lm_head"] is True
+    assert recipe["attention"] == "int8-fp8"
     assert recipe["overrides"] == {
         r"layers\.(?:1)\.mlp": {"group_size": 32, "symmetric": False},
         "q_proj": {"skip": True},
@@ -171,6 +173,22 @@ def test_generate(quantized: Path, options: tuple[str, ...]) -> None:
     assert "w3 w4" not in result.stdout
     assert "tok/s" in result.stderr
     assert "tok/s" not in result.stdout
+
+
+def test_generate_with_8bit_attention(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+    make_cache = HadaCoreCache.__init__
+    monkeypatch.setattr(
+        HadaCoreCache,
+        "__init__",
+        lambda *args, **kwargs: (caches.append(args[0]), make_cache(*args, **kwargs))[1],
+    )
+    arguments = ("generate", quantized, "w3", "--max-new-tokens", 3, "--device", "cpu")
+    assert run(*arguments, "--attention", "int8-fp8").exit_code == 0
+    (cache,) = caches
+    assert cache.layers[0].key_dtype == torch.int8
+    result = run(*arguments, "--attention", "fp4")
+    assert result.exit_code == 2 and "fp8" in result.stderr
 
 
 def test_greedy_generation_repeats(quantized: Path) -> None:

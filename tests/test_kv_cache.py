@@ -351,27 +351,27 @@ def test_generate(small_buffers, name, padded, implementation):
 def test_graphs(small_buffers, monkeypatch, name, padded):
     model = hadacore_model(name)
     inputs = left_padded() if padded else {"inputs": token_ids(2, LENGTH)}
-    options = dict(inputs=inputs, new=60, return_dict_in_generate=True, output_logits=True)
+    options = dict(inputs=inputs, new=45, return_dict_in_generate=True, output_logits=True)
     expected = generate(model, **options)
     calls = CountedCaptures()
     monkeypatch.setattr(DecodeGraphs, "device_types", ("cpu",))
     monkeypatch.setattr(DecodeGraphs, "capture", calls)
     enable_cuda_graphs(model)
+    captures = []
     for _ in range(2):
         got = generate(model, **options)
         assert torch.equal(got.sequences, expected.sequences)
         assert relative_error(torch.stack(got.logits), torch.stack(expected.logits)) < CLOSE
-        # A step runs as it is after each change of the buffers, and another is captured.
-        assert calls.replays > 25
-    captures = calls.captures
-    generate(model, **options)
-    assert calls.captures == captures
+        captures.append(calls.captures)
+    # A step runs as it is, and another is captured, after each growth of the buffers; these are there then.
+    assert captures[0] > 1 and captures[1] == captures[0]
+    assert calls.replays == 2 * 44 - captures[0]
     # What was kept is the caller's own.
     assert type(got.past_key_values) is HadaCoreCache
     more = torch.cat([got.sequences, token_ids(len(got.sequences), 4)], 1)
     follow = {"inputs": more}
     if padded:
-        follow["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 64), value=1)
+        follow["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 49), value=1)
     assert torch.equal(
         generate(model, inputs=follow, new=9, past_key_values=got.past_key_values),
         generate(model, inputs=follow, new=9, past_key_values=expected.past_key_values),
