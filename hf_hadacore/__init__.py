@@ -5,6 +5,7 @@ Importing this package registers the "hadacore" quantization method and attentio
 
 from . import compat, errors
 from ._version import __version__
+from .attention import quantized_attention
 from .config import QUANT_METHOD, HadaCoreConfig
 from .generation import use_quantized_caches
 from .kernels.hadamard import hadamard_transform
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "errors",
     "hadamard_transform",
+    "quantized_attention",
     "rotate_quantize",
 ]
 

@@ -29,17 +29,20 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator).double()
 
-    q, k, v = (randn(1, count, tokens, d) for count in (heads, key_heads, key_heads))
-    if name == "outlier":
-        for x in (q, k, v):
+    def draw(count: int) -> torch.Tensor:
+        x = randn(1, count, tokens, d)
+        if name == "outlier":
             is_hit = torch.rand(x.shape, generator=generator) < 1e-3
             x += 10 * randn(*x.shape) * is_hit
-    elif name != "normal":
-        k[..., [3, d // 2 + 3]] += torch.tensor([60.0, -25.0])
+        return x
+
+    q, k, v = draw(heads), draw(key_heads), draw(key_heads)
+    if name in ("channel", "aligned"):
+        k[..., [3, d // 2 + 3]] += torch.tensor([60.0, -25.0], dtype=torch.float64)
     if name == "channel":
-        q[..., [7, d // 2 + 7]] *= torch.tensor([12.0, 6.0])
+        q[..., [7, d // 2 + 7]] *= torch.tensor([12.0, 6.0], dtype=torch.float64)
         v *= (0.7 * randn(1, key_heads, 1, d)).exp()
     elif name == "aligned":
         q[..., [3, d // 2 + 3]] *= 6
