@@ -16,7 +16,7 @@ from kernel_helpers import in_floors
 from triton.runtime import interpreter
 
 from hf_hadacore.kernels import attention_triton
-from hf_hadacore.kernels.attention_triton import Schedule
+from hf_hadacore.kernels.attention_schedules import Schedule
 
 F16 = torch.float16
 # The result's own rounding, and a few weights on the other side of a tie.

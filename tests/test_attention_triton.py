@@ -15,7 +15,8 @@ from attention_cases import E4M3, make_problem
 from offline import compile_for, resources
 
 from hf_hadacore.kernels import attention_triton
-from hf_hadacore.kernels.attention_triton import Schedule, choose, combined_at_a_time, fits
+from hf_hadacore.kernels.attention_schedules import Schedule, choose, combined_at_a_time
+from hf_hadacore.kernels.attention_triton import fits
 from hf_hadacore.kernels.launcher import power_of_2
 
 TESTS = Path(__file__).parent

@@ -10,13 +10,13 @@ Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index.
 """
 
 import math
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .attention_schedules import Schedule, choose, combined_at_a_time, pack_of
 from .decode_attention_triton import _capability, combine
 from .launcher import has_pdl, power_of_2, run
 from .pointwise_triton import prefetch_lines
@@ -25,15 +25,6 @@ from .w4a16_launch import arrival_counters, processors_of
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 # Offsets in a head are 32-bit.
 _MAX_SIZE = 1 << 31
-# From here on a head's queries are enough for a tile.
-_MANY_QUERIES = 128
-_MAX_SPLITS = 64
-# Triton 3.6 has no wgmma for fewer.
-_MIN_ROWS = 16
-# Keys that a program has at least, if the buffer is full.
-_MIN_KEYS = 256
-# fp32 values that a program has in registers when it adds up those of the splits.
-_COMBINED = 8192
 # The numerators are 2^8 p, the largest power of two that e4m3 has.
 _LOG2_P = tl.constexpr(8.0)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -44,26 +35,6 @@ _OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"enable_fp_fusion": True},
     True: {"enable_fp_fusion": True, "launch_pdl": True},
 }
-
-
-class Schedule(NamedTuple):
-    """How the work is cut.
-
-    Attributes:
-        rows: of a tile, a power of two from 16 on.
-        block: keys at a time, 64 or 128.
-        num_warps: of a program.
-        num_stages: one more than blocks that are on their way.
-        splits: programs that share the keys of a tile.
-        is_swapped: whether rows are the narrow side of the products: wgmma's other side is 64 at least.
-    """
-
-    rows: int
-    block: int
-    num_warps: int
-    num_stages: int
-    splits: int
-    is_swapped: bool
 
 
 @triton.jit
@@ -407,63 +378,6 @@ def _attention_kernel(
             )
 
 
-def combined_at_a_time(schedule: Schedule, rows_kept: int, d_block: int) -> tuple[int, int]:
-    """How many rows, and of how many splits, a program adds up at a time: all splits if they fit.
-
-    Args:
-        schedule: with more than one split.
-        rows_kept: of a tile.
-        d_block: columns, a power of two.
-    """
-    values = _COMBINED if schedule.is_swapped else _COMBINED // 2
-    splits = power_of_2(schedule.splits)
-    rows = max(1, min(power_of_2(rows_kept), values // (d_block * splits)))
-    return rows, min(splits, values // (rows * d_block))
-
-
-@cache
-def choose(
-    batch: int,
-    heads: int,
-    key_heads: int,
-    queries: int,
-    length: int,
-    d: int,
-    processors: int,
-    capability: tuple[int, int],
-) -> Schedule:
-    """How the work is cut for a device.
-
-    Args:
-        batch, heads, key_heads, queries, length, d: sizes B, Hq, Hkv, Sq, L, D of the op.
-        processors, capability: of the device.
-    """
-    pack = _pack(heads, key_heads, queries)
-    # wgmma, and memory for three pairs of blocks of 128 keys; without, there are 99 KiB.
-    is_large = (9, 0) <= capability < (12, 0)
-    rows = max(_MIN_ROWS, min(power_of_2(pack * queries), 128 if d <= 128 else 64))
-    is_swapped = rows <= 32
-    block = 128 if is_large and d <= 128 and rows != 64 else 64
-    tiles = batch * (heads // pack) * -(-pack * queries // rows)
-    blocks = -(-length // block)
-    slots = processors * (2 if is_swapped else 1)
-    # Starting and storing, in blocks; 64 rows of a split's results are as much as a block of keys and values.
-    extra = 1 if is_swapped else 4
-
-    def duration(splits: int) -> float:
-        combining = splits * min(rows, pack * queries) / 64 if splits > 1 else 0
-        return -(-tiles * splits // slots) * (-(-blocks // splits) + extra) + combining
-
-    splits = min(range(1, min(_MAX_SPLITS, -(-length // _MIN_KEYS)) + 1), key=duration)
-    num_stages = 3 if is_large or is_swapped else 2
-    return Schedule(rows, block, 4 if is_swapped else 8, num_stages, splits, is_swapped)
-
-
-def _pack(heads: int, key_heads: int, queries: int) -> int:
-    """Heads whose queries share a tile."""
-    return heads // key_heads if queries < _MANY_QUERIES else 1
-
-
 def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> bool:
     """Whether `launch` can do it, if `attention_8bit` accepts it.
 
@@ -517,7 +431,7 @@ def launch(
         sizes = (batch, heads, key_heads, queries, length, d)
         schedule = choose(*sizes, processors_of(index), _capability(index))
     rows, block, num_warps, num_stages, splits, is_swapped = schedule
-    pack = _pack(heads, key_heads, queries)
+    pack = pack_of(heads, key_heads, queries)
     units, tiles = batch * heads // pack, -(-pack * queries // rows)
     rows_kept = min(rows, pack * queries)
     partials = arrived = out
