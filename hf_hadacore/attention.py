@@ -1,19 +1,14 @@
 """Attention that rotates and quantizes Q, K and V to 8 bits, for tensors of any model."""
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .attention_interface import find_intervals
-from .errors import FormatError, UnsupportedError
-from .hadamard_matrices import hadamard_factors
-from .kernels.attention import BLOCK_SIZE, OUT_DTYPES, attention_8bit
-from .kernels.rotate_quantize import rotate_quantize
-from .kv_layer import KEY_DTYPES, mean_key
-
-# Those of the kernels.
-_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+from .attention_operands import MODES, attend, mean_key, pad_heads, padded_size, quantize_key_value
+from .errors import FormatError
+from .kernels.attention import OUT_DTYPES
 
 
 def quantized_attention(
@@ -80,49 +75,31 @@ def quantized_attention(
     scale = d**-0.5 if scale is None else scale
     padding = _padding_mask(attn_mask, batch, keys)
     constant = _constant(key, padding, k_mean)
-
-    logit_offset = None
-    if constant is not None and (softcap or sinks is not None):
-        # What the constant took away matters where logits are not only compared with each other.
-        grouped = query.unflatten(1, (key.shape[1], -1)).float()
-        logit_offset = scale * torch.einsum("bhgsd,bhd->bhgs", grouped, constant.expand(batch, -1, -1))
-        logit_offset = logit_offset.flatten(1, 2).contiguous()
-    key_start = key_end = None
+    start = end = None
     if padding is not None and (interval := _interval(padding, query)) is not None:
-        key_start, key_end = interval
+        start, end = interval
         attn_mask = None
-    query_start = None
-    if tokens != keys:
-        query_start = torch.zeros(batch, dtype=torch.int32, device=query.device)
 
-    size = _padded_size(max(d, value_dim), rotate)
-    query, key, value = (F.pad(x, (0, size - x.shape[3])) for x in (query, key, value))
+    size = padded_size(max(d, value_dim), rotate)
     if constant is not None:
-        constant = F.pad(constant, (0, size - d))
-    blocks = dict(scale="block", block_size=BLOCK_SIZE)
-    q, q_scale = rotate_quantize(query, dtype=KEY_DTYPES[mode], rotate=rotate)
-    k, k_scale = rotate_quantize(key, dtype=KEY_DTYPES[mode], rotate=rotate, offset=constant, **blocks)
-    v, v_scale = rotate_quantize(
-        value, rotate=False, transpose=True, interleave=True, power_of_2=True, **blocks
+        constant = pad_heads(constant, size)
+    stored = quantize_key_value(
+        pad_heads(key, size), pad_heads(value, size), constant, MODES[mode], rotate=rotate
     )
-    out = attention_8bit(
-        q,
-        k,
-        v,
-        q_scale,
-        k_scale,
-        v_scale,
+    if tokens != keys:
+        stored = stored._replace(query_start=torch.zeros(batch, dtype=torch.int32, device=query.device))
+    out = attend(
+        query,
+        stored,
         scale=scale,
         is_causal=is_causal,
-        window=window or 0,
-        softcap=softcap or 0.0,
-        key_start=key_start,
-        key_end=key_end,
-        query_start=query_start,
-        sinks=None if sinks is None else sinks.float(),
-        logit_offset=logit_offset,
+        window=window,
+        softcap=softcap,
+        key_start=start,
+        key_end=end,
+        sinks=sinks,
         mask=attn_mask,
-        out_dtype=query.dtype,
+        rotate=rotate,
     )
     return out.transpose(1, 2)[..., :value_dim]
 
@@ -171,25 +148,6 @@ def _constant(
     return mean_key(key, padding)
 
 
-def _padded_size(d: int, rotate: bool) -> int:
-    """The head size to compute with."""
-    for size in _HEAD_DIMS:
-        if d <= size:
-            return size
-    size = d + d % 2
-    while rotate and not _has_rotation(size):
-        size += 2
-    return size
-
-
-def _has_rotation(n: int) -> bool:
-    try:
-        hadamard_factors(n)
-    except UnsupportedError:
-        return False
-    return True
-
-
 def _check(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -225,8 +183,8 @@ def _check(
     if heads != key_heads and (not enable_gqa or not key_heads or heads % key_heads):
         allowed = "a multiple of" if enable_gqa else "without enable_gqa the same as"
         raise FormatError(f"query: expected heads to be {allowed} key's {key_heads}, found {heads}")
-    if mode not in KEY_DTYPES:
-        raise FormatError(f"mode: expected one of {tuple(KEY_DTYPES)}, found {mode!r}")
+    if mode not in MODES:
+        raise FormatError(f"mode: expected one of {tuple(MODES)}, found {mode!r}")
     if window is not None and window < 1:
         raise FormatError(f"window: expected a positive number of keys or None, found {window}")
     if softcap is not None and not 0 < softcap < math.inf:

@@ -145,8 +145,8 @@ def exact_attention(
         problem: the operands.
         scale, is_causal, window, softcap, key_start, key_end, query_start, sinks, logit_offset, mask: as in
             `attention_8bit`.
-        product_roundoff: of the tensor cores' sums in q k^T, relative to the sum of magnitudes; on top of
-            what fp32 costs.
+        product_roundoff: of the tensor cores' sums, relative to the sum of magnitudes; on top of what fp32
+            costs.
     """
     batch, heads, tokens, d = problem.query.shape
     key_heads, keys = problem.key.shape[1:3]
@@ -203,6 +203,7 @@ def exact_attention(
         # Both p and the denominator are off by what t is off by: 2^x - 1 < x for these x.
         error = torch.where(p > 0, error, 0).amax(-1, keepdim=True)
         relative = 2.1 * error * math.log2(math.e) + (keys + 8) * 2.0**-24
+        relative = relative + product_roundoff
         rounded, low, high = (_round_p(p * x, ratio) for x in (1, 1 - relative, 1 + relative))
         smallest = torch.minimum(p, _P_SMALLEST / P_SCALE / ratio)
         sums = 1.1 * relative * (p @ v.abs())
