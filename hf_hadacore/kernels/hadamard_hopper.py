@@ -216,7 +216,8 @@ def store_rows(
     o_row = (i_tile.to(gl.int64) << ROW_BITS) + outer_offsets(layout, 1 << ROW_BITS)
     o_n = inner_offsets(layout, 1 << (MATRIX_BITS + PART_BITS))
     if PART_BITS < C_BITS:
-        o_n = (o_n >> PART_BITS << C_BITS) + (PART << PART_BITS) + o_n % (1 << PART_BITS)
+        # Division, not a shift, tells Triton 3.6 that neighbours stay neighbours.
+        o_n += o_n // (1 << PART_BITS) * ((1 << C_BITS) - (1 << PART_BITS)) + (PART << PART_BITS)
     o_n += i_matrix * (1 << (MATRIX_BITS + C_BITS))
     m = (o_row < rows) & (o_n < M << C_BITS)
     gl.store(p_out + o_row * s_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m)
