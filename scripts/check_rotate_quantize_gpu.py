@@ -345,8 +345,11 @@ def sanitize() -> None:
         draw = random.Random(number)
         torch.manual_seed(number)
         assert run_case(draw, variant, *draw_case(draw, variant)) <= 1
+    for n in (1024, 5120):
+        worst, what, _ = run_rows(n)
+        assert worst <= 1, what
     torch.cuda.synchronize()
-    print(f"sanitize: {len(variants)} variants ran")
+    print(f"sanitize: {len(variants)} variants and two sizes of rows ran")
 
 
 def main(
