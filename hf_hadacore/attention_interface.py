@@ -21,17 +21,17 @@ from transformers.masking_utils import (
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from .errors import UnsupportedError
-from .kernels.attention import attention_8bit
-from .kernels.rotate_quantize import rotate_quantize
-from .kv_layer import (
-    ATTENTION_NAMES,
-    KEY_DTYPES,
-    NewTokens,
+from .attention_operands import (
+    MODES,
     QuantizedKeyValue,
+    attend,
     mean_key,
+    pad_heads,
+    padded_size,
     quantize_key_value,
 )
+from .errors import UnsupportedError
+from .kv_layer import ATTENTION_NAMES, NewTokens
 
 logger = logging.get_logger(__name__)
 
@@ -258,13 +258,13 @@ def attention_forward(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         is_causal=is_causal,
         window=sliding_window or intervals.window,
-        softcap=softcap or 0.0,
+        softcap=softcap,
         key_start=intervals.start,
         key_end=end,
         sinks=s_aux,
         mask=mask,
     )
-    return output, None
+    return output[..., : value.value_dim if isinstance(value, NewTokens) else value.shape[-1]], None
 
 
 def _stored(
@@ -283,67 +283,16 @@ def _stored(
             f"HadaCore: {ATTENTION_NAMES[mode]!r} attention quantizes all keys and values of a "
             "cache that is not 8-bit again at every step; pass past_key_values=HadaCoreCache(model.config)"
         )
+    size = padded_size(max(key.shape[-1], value.shape[-1]))
+    key, value = pad_heads(key, size), pad_heads(value, size)
     constant = mean_key(key, _is_token(attention_mask, key.shape[2]))
-    return quantize_key_value(key, value, constant, KEY_DTYPES[mode])
+    return quantize_key_value(key, value, constant, MODES[mode])
 
 
 def _added(position_bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return position_bias.masked_fill(~mask, -torch.inf)
     return position_bias + mask
-
-
-def attend(
-    query: torch.Tensor,
-    stored: QuantizedKeyValue,
-    *,
-    scale: float,
-    is_causal: bool,
-    window: int,
-    softcap: float,
-    key_start: torch.Tensor | None,
-    key_end: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Quantize queries and let them read.
-
-    Args:
-        query: fp16, bf16 or fp32 ``[B, Hq, S, D]``.
-        stored: quantized keys and values.
-        scale, is_causal, window, softcap, key_start, key_end, sinks, mask: as in `attention_8bit`.
-
-    Returns:
-        ``[B, S, Hq, D]`` in the dtype of query.
-    """
-    logit_offset = None
-    if softcap or sinks is not None:
-        # What the constant took away matters where logits are not only compared with each other.
-        heads = stored.constant.shape[1]
-        grouped = query.unflatten(1, (heads, -1)).float()
-        logit_offset = scale * torch.einsum("bhgsd,bhd->bhgs", grouped, stored.constant)
-        logit_offset = logit_offset.flatten(1, 2).contiguous()
-    values, query_scale = rotate_quantize(query, dtype=stored.key.dtype)
-    output = attention_8bit(
-        values,
-        stored.key,
-        stored.value,
-        query_scale,
-        stored.key_scale,
-        stored.value_scale,
-        scale=scale,
-        is_causal=is_causal,
-        window=window,
-        softcap=softcap,
-        key_start=key_start,
-        key_end=key_end,
-        query_start=stored.query_start,
-        sinks=None if sinks is None else sinks.float(),
-        logit_offset=logit_offset,
-        mask=mask,
-        out_dtype=torch.float16 if query.dtype == torch.float16 else torch.bfloat16,
-    )
-    return output.to(query.dtype)
 
 
 for _mode, _name in ATTENTION_NAMES.items():

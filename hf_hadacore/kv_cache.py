@@ -6,9 +6,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from .attention_operands import MODES
 from .decode_cache import DecodeCache, Progress, layer_windows
 from .errors import ConfigError, UnsupportedError
-from .kv_layer import ATTENTION_NAMES, KEY_DTYPES, Cursor, HadaCoreLayer
+from .kv_layer import ATTENTION_NAMES, Cursor, HadaCoreLayer
 
 
 class HadaCoreCache(DynamicCache):
@@ -82,8 +83,8 @@ def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[
         ConfigError, UnsupportedError: as there.
     """
     mode = mode or attention_mode(config) or "fp8"
-    if mode not in KEY_DTYPES:
-        raise ConfigError(f"mode must be one of {tuple(KEY_DTYPES)}, got {mode!r}")
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {tuple(MODES)}, got {mode!r}")
     windows = layer_windows(config)
     if windows is None:
         raise UnsupportedError(
@@ -96,5 +97,5 @@ def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[
     for window in windows:
         leads = window not in cursors
         cursor = cursors.setdefault(window, Cursor(progress))
-        layers.append(HadaCoreLayer(window, progress, cursor, leads, KEY_DTYPES[mode]))
+        layers.append(HadaCoreLayer(window, progress, cursor, leads, MODES[mode]))
     return layers

@@ -7,19 +7,26 @@ tokens that are no padding. A cache is not told which those are, but attention i
 tokens on to attention, which has the layer store them.
 """
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from .attention_operands import (
+    VALUE_DTYPE,
+    QuantizedKeyValue,
+    mean_key,
+    pad_heads,
+    padded_size,
+    quantize_key_value,
+)
 from .decode_cache import DecodeLayer, Progress
 from .errors import UnsupportedError
 from .kernels.attention import BLOCK_SIZE
-from .kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
+from .kernels.rotate_quantize import rotate_quantize_into_cache
 
-# `attn_implementation` of each mode, and what queries and keys become in it; values are e4m3 in both.
+# `attn_implementation` of each mode.
 ATTENTION_NAMES = {"fp8": "hadacore", "int8-fp8": "hadacore-int8-fp8"}
-KEY_DTYPES = {"fp8": torch.float8_e4m3fn, "int8-fp8": torch.int8}
-_VALUE_DTYPE = torch.float8_e4m3fn
+
 # Buffers have a multiple of so many tokens.
 BUFFER_STEP = 128
 # Buffers of a window begin at such tokens, so that values, interleaved by 16, move with a plain copy.
@@ -27,78 +34,24 @@ _STEP = 16
 _STATE = ("keys", "values", "key_scale", "value_scale", "constant")
 
 
-class QuantizedKeyValue(NamedTuple):
-    """Keys and values as `kernels.attention` reads them.
-
-    Attributes:
-        key: 8-bit ``[B, Hkv, L, D]``, rotated.
-        value: e4m3 ``[B, Hkv, D, L16]``.
-        key_scale, value_scale: fp32 ``[B, Hkv, L]`` or ``[B, Hkv, ceil(L/128)]``.
-        constant: fp32 ``[B, Hkv, D]``, subtracted from keys.
-        query_start: int32 ``[B]``, which key the first query is; None if the last query is the last key.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    key_scale: torch.Tensor
-    value_scale: torch.Tensor
-    constant: torch.Tensor
-    query_start: torch.Tensor | None = None
-
-
-def quantize_key_value(
-    key: torch.Tensor, value: torch.Tensor, constant: torch.Tensor, dtype: torch.dtype
-) -> QuantizedKeyValue:
-    """Rotate and quantize the keys and values of whole sequences, with a scale for 128 tokens.
-
-    Args:
-        key, value: fp16, bf16 or fp32 ``[B, Hkv, L, D]``.
-        constant: fp32 ``[B, Hkv, D]``, subtracted from keys.
-        dtype: of keys.
-    """
-    keys, key_scale = rotate_quantize(key, dtype=dtype, scale="block", block_size=BLOCK_SIZE, offset=constant)
-    values, value_scale = rotate_quantize(
-        value,
-        dtype=_VALUE_DTYPE,
-        scale="block",
-        block_size=BLOCK_SIZE,
-        rotate=False,
-        transpose=True,
-        interleave=True,
-        power_of_2=True,
-    )
-    return QuantizedKeyValue(keys, values, key_scale, value_scale, constant)
-
-
-def mean_key(key: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-    """The mean of each sequence's keys, fp32 ``[B, Hkv, D]``.
-
-    Args:
-        key: ``[B, Hkv, L, D]``.
-        is_token: boolean ``[B or 1, L]``, False for padding; None if there is none.
-    """
-    if is_token is None:
-        return key.mean(2, dtype=torch.float32)
-    total = key.masked_fill(~is_token[:, None, :, None], 0).sum(2, dtype=torch.float32)
-    return total / is_token.sum(1).clamp(min=1)[:, None, None]
-
-
 class NewTokens:
     """Keys and values on their way from `Cache.update` to attention, which has them stored.
 
     Args:
         layer: that stores them.
-        key, value: ``[B, Hkv, S, D]``, rotary embeddings applied.
+        key, value: ``[B, Hkv, S, D]``, rotary embeddings applied; heads may differ in size.
+
+    Attributes:
+        shape: of the keys.
+        value_dim: head size of the values.
     """
 
     def __init__(self, layer: "HadaCoreLayer", key: torch.Tensor, value: torch.Tensor):
         self.layer = layer
-        self.key = key
-        self.value = value
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.key.shape
+        self.shape = key.shape
+        self.value_dim = value.shape[-1]
+        size = padded_size(max(key.shape[-1], value.shape[-1]))
+        self.key, self.value = pad_heads(key, size), pad_heads(value, size)
 
     @property
     def are_first(self) -> bool:
@@ -168,6 +121,8 @@ class Cursor:
 
 class HadaCoreLayer(DecodeLayer):
     """8-bit keys ``[B, Hkv, size, D]`` and values ``[B, Hkv, D, size]`` of one attention layer.
+
+    D is that of the kernels: see `padded_size`.
 
     Tokens are appended. Where a layer has a sliding window and the buffers are full, what is still seen is
     moved to their beginning; there is room for a quarter of the window between two moves.
@@ -247,7 +202,7 @@ class HadaCoreLayer(DecodeLayer):
         batch, heads, _, d = states.shape
         self.capacity = capacity
         self.keys = states.new_zeros((batch, heads, size, d), dtype=self.key_dtype)
-        self.values = states.new_zeros((batch, heads, d, size), dtype=_VALUE_DTYPE)
+        self.values = states.new_zeros((batch, heads, d, size), dtype=VALUE_DTYPE)
         self.key_scale, self.value_scale = states.new_zeros((2, batch, heads, size), dtype=torch.float32)
         self.constant = states.new_zeros((batch, heads, d), dtype=torch.float32)
         self.progress.allocations += 1
@@ -269,15 +224,7 @@ class HadaCoreLayer(DecodeLayer):
 
         Returns:
             `NewTokens`, in the place of keys and in that of values.
-
-        Raises:
-            UnsupportedError: keys and values differ in shape.
         """
-        if key_states.shape != value_states.shape:
-            raise UnsupportedError(
-                f"keys {list(key_states.shape)} and values {list(value_states.shape)} of different sizes are "
-                "not supported in an 8-bit cache; use transformers' DynamicCache"
-            )
         tokens = NewTokens(self, key_states, value_states)
         return tokens, tokens
 
@@ -287,7 +234,7 @@ class HadaCoreLayer(DecodeLayer):
         """Quantize and add tokens.
 
         Args:
-            key, value: as in `update`.
+            key, value: of one head size.
             is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
 
         Returns:

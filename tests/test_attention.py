@@ -7,6 +7,7 @@ from attention_exact import DISTRIBUTIONS, E4M3, Problem, exact_attention, make_
 from check_rotate_quantize_gpu import exact_rotation
 
 from hf_hadacore import quantized_attention
+from hf_hadacore.attention_operands import HEAD_DIMS
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.kernels.attention import interleave_tokens
 
@@ -164,9 +165,7 @@ def test_head_dims(d, value_dim):
 
 def test_head_dims_are_those_of_the_kernels():
     kernel = pytest.importorskip("hf_hadacore.kernels.attention_triton")
-    from hf_hadacore import attention
-
-    assert attention._HEAD_DIMS == kernel.HEAD_DIMS
+    assert HEAD_DIMS == kernel.HEAD_DIMS
 
 
 def test_nothing_to_do():

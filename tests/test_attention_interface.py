@@ -167,8 +167,8 @@ def quantized(x: torch.Tensor, dtype: torch.dtype, tokens: int, power_of_2: bool
 def emulated(query, key, value, keep, mode, scale) -> dict[str, torch.Tensor]:
     """Arguments of `exact`, rotated and rounded as 8-bit attention is to round them."""
     dtype = torch.int8 if mode == "int8-fp8" else torch.float8_e4m3fn
-    d = query.shape[-1]
-    rotation = hadamard_matrix(d).double() / d**0.5
+    # Heads of 16 are filled up with zeros to the kernels' smallest.
+    rotation = hadamard_matrix(64)[: query.shape[-1]].double() / 8
     tokens = keep[:, None, :, None]
     mean = (key * tokens).sum(2, keepdim=True) / tokens.sum(2, keepdim=True)
     group = query.shape[1] // key.shape[1]

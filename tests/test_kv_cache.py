@@ -6,7 +6,7 @@ import pytest
 import torch
 from graph_recorder import CountedCaptures
 from tiny_models import TINY_CONFIGS, token_ids
-from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig, decode_cache, generation, kv_layer
@@ -19,7 +19,7 @@ from hf_hadacore.kv_layer import Cursor, HadaCoreLayer
 
 pytestmark = pytest.mark.transformers_versions
 
-HEADS, D = 2, 16
+HEADS, D = 2, 64
 # A sum in another order may push a number of the second layer's over the edge between two 8-bit ones.
 CLOSE = 0.01
 MODELS = ["llama", "qwen3", "gemma3+sliding", "gpt-oss+sliding", "mistral"]
@@ -127,23 +127,29 @@ def test_padding_is_not_in_the_constant():
 
 
 def test_bytes_per_token():
-    model = hadacore_model("gemma3+sliding").bfloat16()
-    cache = HadaCoreCache(model.config)
-    assert cache.bytes_per_token == 0
-    plain = DynamicCache(config=model.config)
-    ids = token_ids(2, 512)
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model.set_attn_implementation("sdpa")
-        model(ids, past_key_values=plain)
-    # Two layers with two heads of 16; full in bf16 against half and two scales.
-    assert cache.bytes_per_token == 2 * 2 * (16 + 16 + 4 + 4)
+    common = dict(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    windows = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"])
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**common, **heads, **windows)).bfloat16()
+    ids = token_ids(3, 512)
+
+    def filled(implementation: str, cache: DynamicCache) -> DynamicCache:
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return model(ids, past_key_values=cache).past_key_values
+
+    assert HadaCoreCache(model.config).bytes_per_token == 0
+    cache = filled("hadacore", HadaCoreCache(model.config))
+    plain = filled("sdpa", DynamicCache(config=model.config))
+    # Of each head: half of what bf16 takes, and two fp32 scales.
     (window, full), reference = cache.layers, plain.layers[1]
-    assert reference.keys.nbytes + reference.values.nbytes == 2 * 512 * 2 * (32 + 32)
+    per_token = (reference.keys.nbytes + reference.values.nbytes) / (3 * 512)
+    assert full.bytes_per_token == per_token / 2 + 2 * 2 * 4
+    assert cache.bytes_per_token == 2 * full.bytes_per_token
     buffers = [full.keys, full.values, full.key_scale, full.value_scale]
-    assert full.size == 512
-    assert sum(buffer.nbytes for buffer in buffers) == 2 * 512 * 2 * (16 + 16 + 4 + 4)
-    assert window.size < full.size
+    assert sum(buffer.nbytes for buffer in buffers) == full.size * 3 * full.bytes_per_token
+    # No room for more than the prompt was asked for; windows hold what they see and some more.
+    assert full.size == 512 and window.size == 256
 
 
 def logits_in_chunks(model, ids, chunks, cache=None, mask=None):
