@@ -7,10 +7,9 @@ from . import compat, errors
 from ._version import __version__
 from .attention import quantized_attention
 from .config import QUANT_METHOD, HadaCoreConfig
-from .generation import use_quantized_caches
 from .kernels.hadamard import hadamard_transform
 from .kernels.rotate_quantize import rotate_quantize
-from .kv_cache import HadaCoreCache
+from .kv_cache import HadaCoreCache, use_quantized_caches
 from .linear import HadaCoreLinear
 from .quantizer import HadaCoreHfQuantizer
 

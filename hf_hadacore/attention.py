@@ -1,7 +1,6 @@
 """Attention that rotates and quantizes Q, K and V to 8 bits, for tensors of any model."""
 
 import math
-from typing import Any
 
 import torch
 

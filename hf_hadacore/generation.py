@@ -7,7 +7,6 @@ processing, sampling, stopping and streaming stay transformers' own, and what ca
 ordinary path.
 """
 
-import functools
 import sys
 import threading
 import weakref
@@ -25,7 +24,7 @@ from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 from .attention_interface import find_intervals
 from .decode_cache import DecodeCache, decode_layers, layer_windows
 from .decode_graph import CudaCapture, Session, UnsupportedInput, run_step
-from .kv_cache import HadaCoreCache, QuantizedDecodeCache, attention_mode, quantized_layers
+from .kv_cache import QuantizedDecodeCache, attention_mode, quantized_layers
 
 logger = logging.get_logger(__name__)
 
@@ -306,54 +305,6 @@ def _has_gaps(attention_mask: torch.Tensor) -> bool:
         return True
     (_, end), _, has_gaps = find_intervals(attention_mask.bool())
     return has_gaps or bool((end != attention_mask.shape[1]).any())
-
-
-def use_quantized_caches() -> None:
-    """Have `generate` make a `HadaCoreCache` for every model with 8-bit attention, from now on.
-
-    transformers asks nobody which cache a model's attention can read, and models that were not loaded by
-    this package have no hooks of ours. All other models, and whoever names a cache, get what they got.
-    """
-    make_cache = GenerationMixin._prepare_cache_for_generation
-
-    @functools.wraps(make_cache)
-    def _prepare_cache_for_generation(
-        self: Any,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        if attention_mode(self.config) is not None and _takes_default_cache(
-            self, generation_config, model_kwargs
-        ):
-            if layer_windows(self.config) is not None:
-                is_offloaded = generation_config.cache_implementation == "offloaded"
-                model_kwargs["past_key_values"] = HadaCoreCache(self.config, offloading=is_offloaded)
-                if generation_config.is_assistant:
-                    model_kwargs["past_key_values"].activate_past_recording()
-                return
-            logger.warning_once(
-                f"HadaCore: {type(self).__name__} needs other cache layers than full and sliding-window "
-                "attention; its keys and values are quantized again at every step"
-            )
-        make_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-
-    if not hasattr(make_cache, "__wrapped__"):
-        GenerationMixin._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[method-assign, assignment]
-
-
-def _takes_default_cache(
-    model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> bool:
-    return (
-        generation_config.use_cache is not False
-        and generation_config.cache_implementation in (None, "dynamic", "offloaded")
-        and model_kwargs.get("past_key_values") is None
-        and not model.config.is_encoder_decoder
-        and model._supports_default_dynamic_cache()
-    )
 
 
 def model_obstacle(model: Any) -> str | None:

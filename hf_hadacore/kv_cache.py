@@ -1,15 +1,20 @@
 """The 8-bit key/value cache of `attn_implementation="hadacore"`, which `generate` uses with it."""
 
 import copy
+import functools
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from .attention_operands import MODES
 from .decode_cache import DecodeCache, Progress, layer_windows
 from .errors import ConfigError, UnsupportedError
 from .kv_layer import ATTENTION_NAMES, Cursor, HadaCoreLayer
+
+logger = logging.get_logger(__name__)
 
 
 class HadaCoreCache(DynamicCache):
@@ -99,3 +104,52 @@ def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[
         cursor = cursors.setdefault(window, Cursor(progress))
         layers.append(HadaCoreLayer(window, progress, cursor, leads, MODES[mode]))
     return layers
+
+
+def use_quantized_caches() -> None:
+    """Have `generate` make a `HadaCoreCache` for every model with 8-bit attention, from now on.
+
+    transformers asks nobody which cache a model's attention can read, and models that were not loaded by
+    this package have no hooks of ours. All other models, and whoever names a cache, get what they got.
+    """
+    make_cache = GenerationMixin._prepare_cache_for_generation
+
+    @functools.wraps(make_cache)
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if (
+            _takes_default_cache(self, generation_config, model_kwargs)
+            and attention_mode(self.config) is not None
+        ):
+            if layer_windows(self.config) is not None:
+                is_offloaded = generation_config.cache_implementation == "offloaded"
+                cache = HadaCoreCache(self.config, offloading=is_offloaded)
+                if generation_config.is_assistant:
+                    cache.activate_past_recording()
+                model_kwargs["past_key_values"] = cache
+                return
+            logger.warning_once(
+                f"HadaCore: {type(self).__name__} needs other cache layers than full and sliding-window "
+                "attention; its keys and values are quantized again at every step"
+            )
+        make_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    GenerationMixin._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore
+
+
+def _takes_default_cache(
+    model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> bool:
+    return (
+        generation_config.use_cache is not False
+        and generation_config.cache_implementation in (None, "dynamic", "offloaded")
+        and model_kwargs.get("past_key_values") is None
+        and not model.config.is_encoder_decoder
+        and model._supports_default_dynamic_cache()
+    )

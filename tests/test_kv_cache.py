@@ -9,7 +9,7 @@ from tiny_models import TINY_CONFIGS, token_ids
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 from varied_models import LENGTH, left_padded, varied_model
 
-from hf_hadacore import HadaCoreCache, HadaCoreConfig, decode_cache, generation, kv_layer
+from hf_hadacore import HadaCoreCache, HadaCoreConfig, decode_cache, generation, kv_cache, kv_layer
 from hf_hadacore.decode_cache import Progress
 from hf_hadacore.errors import ConfigError, UnsupportedError
 from hf_hadacore.generation import DecodeGraphs, enable_cuda_graphs
@@ -472,7 +472,7 @@ def test_which_cache_generate_makes(options, kind):
 
 def test_models_with_other_layers_say_so(monkeypatch):
     messages = []
-    monkeypatch.setattr(generation.logger, "warning_once", messages.append)
+    monkeypatch.setattr(kv_cache.logger, "warning_once", messages.append)
     torch.manual_seed(0)
     config = TINY_CONFIGS["gemma3"]()
     config.num_kv_shared_layers = 1
