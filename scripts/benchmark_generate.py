@@ -112,7 +112,9 @@ def captured_graph(model: Any) -> Any:
 
 def rewind(model: Any, steps: int) -> None:
     """Move the cache's position back: every replay advances it, and only what was generated has room."""
-    model.get_compiled_call.__self__._session.layers[0].progress.position.sub_(steps)
+    progress = model.get_compiled_call.__self__._session.layers[0].progress
+    for counter in (progress.position, *progress.counters):
+        counter.sub_(steps)
 
 
 def replay_ms(model: Any, graph: Any, repeats: int = 20) -> float:
