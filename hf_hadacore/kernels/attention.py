@@ -26,7 +26,7 @@ OUT_DTYPES = (torch.bfloat16, torch.float16)
 
 # The order of tokens in V. 16 are what one instruction of the tensor cores reads of a row.
 _INTERLEAVED = 16
-_KERNELS = ("attention_hopper", "attention_triton")
+_KERNELS: tuple[str, ...] = ("attention_hopper", "attention_triton")
 # fp32 numbers that the reference has of everything at a time, if a single query and sequence allow it.
 _CHUNK = 1 << 24
 
