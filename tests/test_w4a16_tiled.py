@@ -255,3 +255,10 @@ def test_layers_that_cannot_go_together(tiled_layers):
     ):
         outputs = forward_together(layers, x)
         assert all(torch.equal(y, layer(x)) for y, layer in zip(outputs, layers, strict=True))
+
+
+@pytest.mark.parametrize("k", [28672, 32768, 131072])
+def test_tensor_cores_do_not_add_up_too_many_terms(k):
+    schedule = schedules.choose(4096, 8192, k, "sm90", 132)
+    assert isinstance(schedule, schedules.PrefillSchedule)
+    assert schedule.tiles * 128 <= 32768

@@ -20,6 +20,8 @@ _TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARED_MEMORY = 226_000
 _MAX_SPLIT = 16
 _MAX_PREFILL_SPLIT = 4
+# Tiles of K that its tensor cores add up: they cut off what they add, 1.12 floors of error at 1024 tiles.
+_MAX_PREFILL_TILES = 256
 _H100_PROCESSORS = 132
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # (block_n, num_warps, stages) and (block_m, stages, slots)
@@ -143,7 +145,7 @@ def candidates(m: int, n: int, k: int) -> list[Schedule]:
                 programs = -(-n // 128) * -(-m // block_m) * split
                 if block_m < 2 * m and (split == 1 or programs <= 300):
                     found.add(WideSchedule(block_m, tiles, stages, slots))
-        if m > 64 and split <= _MAX_PREFILL_SPLIT:
+        if m > 64 and split <= _MAX_PREFILL_SPLIT and tiles <= _MAX_PREFILL_TILES:
             found.add(PrefillSchedule(128, tiles, 4))
     return sorted(found)
 
@@ -162,7 +164,8 @@ def _choose_by_rule(m: int, n: int, k_tiles: int, processors: int) -> Schedule:
         for block_m in (32, 64, 128)
         for split in range(1, 9 if block_m < 128 else 2)
     ]
-    schedules += [PrefillSchedule(128, -(-k_tiles // split), 4) for split in range(1, _MAX_PREFILL_SPLIT + 1)]
+    prefill = [PrefillSchedule(128, -(-k_tiles // split), 4) for split in range(1, _MAX_PREFILL_SPLIT + 1)]
+    schedules += [schedule for schedule in prefill if schedule.tiles <= _MAX_PREFILL_TILES]
     return min(schedules, key=lambda schedule: _time(schedule, m, n, k_tiles, processors))
 
 
