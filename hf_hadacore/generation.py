@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 from .attention_interface import find_intervals
 from .decode_cache import DecodeCache, decode_layers, layer_windows
 from .decode_graph import CudaCapture, Session, UnsupportedInput, run_step
-from .kv_cache import QuantizedDecodeCache, attention_mode, quantized_layers
+from .kv_cache import QuantizedDecodeCache, attention_mode, quantized_layers, quantized_windows
 
 logger = logging.get_logger(__name__)
 
@@ -153,9 +153,12 @@ class DecodeGraphs:
             return "output_attentions and output_hidden_states are not supported"
         if model_kwargs.get("past_key_values") is not None:
             return "past_key_values was given"
-        mask = model_kwargs.get("attention_mask")
-        if attention_mode(self._model.config) and mask is not None and _has_gaps(mask):
-            return "the attention mask has gaps, or padding on the right"
+        if attention_mode(self._model.config) is not None:
+            if quantized_windows(self._model.config) is None:
+                return f"{type(self._model).__name__} is not supported with 8-bit attention"
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and _has_gaps(mask):
+                return "the attention mask has gaps, or padding on the right"
         if self._failure is not None and self._failed_fingerprint == _fingerprint(self._model):
             return self._failure
         return model_obstacle(self._model)

@@ -32,7 +32,8 @@ class HadaCoreCache(DynamicCache):
 
     Raises:
         ConfigError: there is no such mode.
-        UnsupportedError: the model has layers other than full and sliding-window attention.
+        UnsupportedError: the model has layers other than full and sliding-window attention, or caches
+            something else than their keys and values.
     """
 
     layers: list[Any]
@@ -78,6 +79,17 @@ def attention_mode(config: PreTrainedConfig) -> str | None:
     return next((mode for mode, name in ATTENTION_NAMES.items() if name == implementation), None)
 
 
+def quantized_windows(config: PreTrainedConfig) -> list[int | None] | None:
+    """What `layer_windows` gives, for a model whose cache can be 8-bit; else None.
+
+    Args:
+        config: the model's.
+    """
+    # Multi-head latent attention caches what keys and values are computed from.
+    is_latent = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    return None if is_latent else layer_windows(config)
+
+
 def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[HadaCoreLayer]:
     """The layers of an 8-bit cache, empty.
 
@@ -90,11 +102,11 @@ def quantized_layers(config: PreTrainedConfig, mode: str | None = None) -> list[
     mode = mode or attention_mode(config) or "fp8"
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {tuple(MODES)}, got {mode!r}")
-    windows = layer_windows(config)
+    windows = quantized_windows(config)
     if windows is None:
         raise UnsupportedError(
-            f"{type(config).__name__} needs other cache layers than full and sliding-window attention, which "
-            "have no 8-bit form; use transformers' DynamicCache"
+            f"models with {type(config).__name__} cache something else than keys and values of full and "
+            "sliding-window attention, which has no 8-bit form; use transformers' DynamicCache"
         )
     progress = Progress()
     cursors: dict[int | None, Cursor] = {}
@@ -127,7 +139,7 @@ def use_quantized_caches() -> None:
             _takes_default_cache(self, generation_config, model_kwargs)
             and attention_mode(self.config) is not None
         ):
-            if layer_windows(self.config) is not None:
+            if quantized_windows(self.config) is not None:
                 is_offloaded = generation_config.cache_implementation == "offloaded"
                 cache = HadaCoreCache(self.config, offloading=is_offloaded)
                 if generation_config.is_assistant:
@@ -135,8 +147,8 @@ def use_quantized_caches() -> None:
                 model_kwargs["past_key_values"] = cache
                 return
             logger.warning_once(
-                f"HadaCore: {type(self).__name__} needs other cache layers than full and sliding-window "
-                "attention; its keys and values are quantized again at every step"
+                f"HadaCore: {type(self).__name__} caches something else than keys and values of full and "
+                "sliding-window attention; keys and values are quantized again at every step"
             )
         make_cache(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 

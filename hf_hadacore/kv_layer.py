@@ -75,7 +75,7 @@ class NewTokens:
         raise UnsupportedError(
             "a HadaCoreCache holds 8-bit keys and values, which only "
             + " and ".join(f"attn_implementation={name!r}" for name in ATTENTION_NAMES.values())
-            + " can read; set one of them, or use transformers' DynamicCache"
+            + " can read, and no model that does something else with them; use transformers' DynamicCache"
         )
 
     def __getitem__(self, index: Any) -> NoReturn:

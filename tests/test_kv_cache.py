@@ -6,7 +6,14 @@ import pytest
 import torch
 from graph_recorder import CountedCaptures
 from tiny_models import TINY_CONFIGS, token_ids
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DynamicCache,
+    Gemma3TextConfig,
+    MistralConfig,
+    Qwen3NextConfig,
+)
 from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig, decode_cache, generation, kv_cache, kv_layer
@@ -322,8 +329,9 @@ def test_which_models_and_modes():
     assert HadaCoreCache(config).layers[0].key_dtype == torch.int8
     with pytest.raises(ConfigError, match="mode must be one of"):
         HadaCoreCache(config, mode="fp4")
-    with pytest.raises(UnsupportedError, match="Qwen3NextConfig needs other cache layers"):
-        HadaCoreCache(Qwen3NextConfig())
+    for other in (Qwen3NextConfig(), DeepseekV3Config()):
+        with pytest.raises(UnsupportedError, match=f"{type(other).__name__} cache something else"):
+            HadaCoreCache(other)
 
 
 def generate(model, *, inputs=None, new=30, **options):
