@@ -280,8 +280,8 @@ def _stored(
         return key.store(_is_token(attention_mask, key.shape[2]) if key.are_first else None)
     if is_causal and key.shape[2] > query.shape[2]:
         logger.warning_once(
-            f"HadaCore: {ATTENTION_NAMES[mode]!r} attention with a cache that is not 8-bit quantizes all keys "
-            "and values again at every step; HadaCoreCache(model.config), where there is one, keeps them so"
+            f"HadaCore: {ATTENTION_NAMES[mode]!r} attention with a cache that is not 8-bit quantizes all "
+            "keys and values again at every step; HadaCoreCache(model.config) keeps them so"
         )
     size = padded_size(max(key.shape[-1], value.shape[-1]))
     key, value = pad_heads(key, size), pad_heads(value, size)
