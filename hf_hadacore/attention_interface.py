@@ -142,9 +142,9 @@ def find_intervals(seen: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
         int32 ``[2, B]``, the first and what is behind the last; whether there is padding, and whether some
         is between tokens.
     """
-    n = torch.arange(seen.shape[1], device=seen.device)
-    end = torch.where(seen, n + 1, 0).amax(1)
-    start = torch.where(seen, n, seen.shape[1]).amin(1).minimum(end)
+    n = torch.arange(seen.shape[1], device=seen.device).expand(seen.shape)
+    end = (n + 1).masked_fill(~seen, 0).amax(1)
+    start = n.masked_fill(~seen, seen.shape[1]).amin(1).minimum(end)
     is_padded, has_gaps = torch.stack([~seen.all(), (end - start != seen.sum(1)).any()]).tolist()
     return torch.stack([start, end]).to(torch.int32), is_padded, has_gaps
 
@@ -155,8 +155,8 @@ def _decoding_mask(
     """Nothing waits for the device."""
     if attention_mask is None:
         return None
-    n = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    start = torch.where(attention_mask, n, attention_mask.shape[1]).amin(1)
+    n = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
+    start = n.masked_fill(~attention_mask, attention_mask.shape[1]).amin(1)
     return _as_mask((start - kv_offset).clamp(min=0).to(torch.int32)[None], window)
 
 
