@@ -188,7 +188,7 @@ def exact_attention(
         if added is not None:
             logit, error = logit + added.double(), error + 2.0**-22 * added.double().abs()
         t = (logit * math.log2(math.e)).masked_fill(~seen, -math.inf)
-        m = t.amax(-1, keepdim=True).ceil()
+        m = t.amax(-1, keepdim=True)
         m = torch.where(m == -math.inf, 0.0, m)
         p = torch.exp2(t - m)
         denominator = p.sum(-1, keepdim=True)

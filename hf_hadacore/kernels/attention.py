@@ -155,10 +155,10 @@ def attention_8bit_reference(
 ) -> torch.Tensor:
     """The specification, in plain torch, some queries at a time. Nothing waits for the device.
 
-    In powers of two, t = log2(e) logit: numerators are p = 2^(t - m) with m = ceil(max t), the denominator is
-    their sum. m is an integer, so that what follows does not depend on which keys came first: p * 256 * r is
-    rounded to e4m3, r being the value's scale relative to the largest in its block of 128 keys. The rest is
-    fp32.
+    In powers of two, t = log2(e) logit: numerators are p = 2^(t - m) with m = max t, the denominator is their
+    sum. p * 256 * r is rounded to e4m3, r being the value's scale relative to the largest in its block of 128
+    keys: the weight of the largest logit, which may be nearly all there is, is exact. The rest is fp32. The
+    kernels go through blocks of keys and know the maximum of those up to there; their P is rounded elsewhere.
 
     Args:
         query, key, value, query_scale, key_scale, value_scale, scale, is_causal, window, softcap, key_start,
@@ -219,7 +219,7 @@ def attention_8bit_reference(
                 t += mask[part, :, :, i]
             t *= math.log2(math.e)
             t.masked_fill_(~seen, -math.inf)
-            m = t.amax(-1, keepdim=True).ceil()
+            m = t.amax(-1, keepdim=True)
             m.masked_fill_(m == -math.inf, 0)
             p = t.sub_(m).exp2_()
             denominator = p.sum(-1, keepdim=True)

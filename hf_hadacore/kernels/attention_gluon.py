@@ -5,8 +5,7 @@ each use them: while the tensor cores work for one, the other exponentiates (Fla
 arXiv:2407.08608, section 3.1; without its barriers that make them take turns, which cost 3% here). What
 differs from it: products of P and V are added up in fp32 block by block
 (the tensor core keeps only some 14 bits of an fp8 sum), P needs no shuffle because the values' tokens lie in
-the order in which the accumulator of Q K^T holds them, the rows' maxima are whole powers of two, and every
-block of keys has scales of its own.
+the order in which the accumulator of Q K^T holds them, and every block of keys has scales of its own.
 
 Prefixes: p_ pointer, d_ TMA descriptor, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ stride or
 shared memory.
@@ -341,7 +340,7 @@ def _softmax(
 ):
     """P of a block as the operand of P V, the new maxima and sums, and what older sums are to be scaled with.
 
-    The maximum is that of log2(p v_scale), rounded up, so P fits into fp8 whatever the scales of the values.
+    The maximum is that of log2(p v_scale), so P fits into fp8 whatever the scales of the values.
     """
     ACC: gl.constexpr = b_s.type.layout
     i_key = i_block * BLOCK_N
@@ -387,9 +386,7 @@ def _softmax(
     else:
         b_top = _row_max(b_s)
         b_exponent = _exponent(value_scale)
-    # Up to the next integer, without the unit that exponentiates: a float of 2^23 and more has no fraction.
-    b_top = b_top + (b_exponent + 0.5) + _INT_BIAS - _INT_BIAS
-    b_new_max = gl.maximum(b_max, b_top)
+    b_new_max = gl.maximum(b_max, b_top + b_exponent)
     # Where nothing has been seen yet.
     b_shift = _P_EXPONENT - gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
     b_decay = _exp2(b_max + b_shift - _P_EXPONENT)

@@ -270,8 +270,7 @@ def _attention_kernel(
             o_keys = tl.expand_dims(o_key, OTHER)
             m = (o_keys >= tl.expand_dims(b_start, KEYS)) & (o_keys < tl.expand_dims(b_end, KEYS))
             b_t = tl.where(m, b_t, float("-inf"))
-        # An integer: which keys came before does not change how a weight is rounded.
-        b_new_max = tl.maximum(b_max, tl.ceil(tl.max(b_t, axis=KEYS)))
+        b_new_max = tl.maximum(b_max, tl.max(b_t, axis=KEYS))
         b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
         b_p = tl.exp2(b_t - tl.expand_dims(b_safe_max - _LOG2_P, KEYS))
         b_decay = tl.exp2(b_max - b_safe_max)
