@@ -90,7 +90,8 @@ def peers(n: int) -> dict[str, Transform]:
     """Those that are installed; a power of two is the only size that means the same to all."""
     found: dict[str, Transform] = {}
     try:
-        from fast_hadamard_transform import hadamard_transform
+        # Also the name of tokenspeed-fast-hadamard-transform, the same kernel as a wheel.
+        from fast_hadamard_transform.fast_hadamard_transform_interface import hadamard_transform
 
         found["fast_hadamard_transform"] = lambda x, out: hadamard_transform(x, n**-0.5)
     except ImportError:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_hadacore import hadamard_transform
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
+from hf_hadacore.kernels.hadamard import transform_by_products
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 POWERS = [2**k for k in range(17)] + [2**20]
@@ -151,6 +153,31 @@ def test_rows_beyond_one_chunk():
     assert in_floors(y, dense(x)) <= 1.05
     # A chunk's rows do not depend on where it begins.
     assert torch.equal(hadamard_transform(x[455:458]), y[455:458])
+
+
+class Operators(TorchDispatchMode):
+    """Remembers the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.add(function)
+        return function(*arguments, **(options or {}))
+
+
+def test_matrices_move_to_a_device_once():
+    """A CUDA graph cannot record that copy; the meta device stands in for the GPU."""
+    x = torch.empty(3, 5120, device="meta")
+    options = dict(factors=hadamard_factors(5120), scale=0.375, sign=None, transpose=False)
+    to_device = torch.ops.aten._to_copy.default
+    with Operators() as first:
+        transform_by_products(x, x, **options)
+    with Operators() as second:
+        transform_by_products(x, x, **options)
+    assert to_device in first.seen and to_device not in second.seen
+    assert torch.ops.aten.mm.out in second.seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

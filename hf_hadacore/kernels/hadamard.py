@@ -88,7 +88,7 @@ def transform_by_products(
     backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     fits = x.dtype != torch.float32 and backend.matmul.fp32_precision in ("none", "ieee")
     dtype = torch.float32 if fits else torch.float64
-    matrices = [matrix.to(x.device) for matrix in _matrices(factors, scale, dtype, transpose)]
+    matrices = _matrices(factors, scale, dtype, transpose, x.device)
     step = max(1, _CHUNK_BYTES // (dtype.itemsize * n))
     buffers = torch.empty((2, min(step, rows) * n), dtype=dtype, device=x.device)
     for part, result in zip(x.split(step), out.split(step), strict=True):
@@ -113,13 +113,16 @@ def transform_by_products(
 
 @lru_cache(maxsize=32)
 def _matrices(
-    factors: tuple[int, ...], scale: float, dtype: torch.dtype, transpose: bool
+    factors: tuple[int, ...], scale: float, dtype: torch.dtype, transpose: bool, device: torch.device
 ) -> list[torch.Tensor]:
-    """What rows are multiplied by from the right, axis by axis."""
+    """What rows are multiplied by from the right, axis by axis.
+
+    They stay on the device, since a CUDA graph cannot record a copy from the CPU.
+    """
     matrices = [hadamard_matrix(order).to(dtype) for order in _small_factors(factors)]
     # First, so that sums of large numbers overflow no earlier than the result.
     matrices[0] *= scale
-    return matrices if transpose else [matrix.T for matrix in matrices]
+    return [(matrix if transpose else matrix.T).to(device) for matrix in matrices]
 
 
 def _small_factors(factors: tuple[int, ...]) -> tuple[int, ...]:
