@@ -192,7 +192,10 @@ def quantize(
 
 
 def check_long_context(job: tuple[str, int, str]) -> list[dict[str, Any]]:
-    """Errors against an exact softmax on the same 8-bit inputs, for values with and without a mean."""
+    """Errors against an exact softmax on the same 8-bit inputs, for values with and without a mean.
+
+    The results are fp16: rounding to bf16 alone costs 1.7e-3.
+    """
     kernel, keys, mode = job
     rows = []
     for tokens in (256,) if kernel == "attention_hopper" else (1, 256):
@@ -207,7 +210,7 @@ def check_long_context(job: tuple[str, int, str]) -> list[dict[str, Any]]:
             options: Options = dict(scale=128**-0.5, is_causal=False)
             exact = exact_attention(problem, **options)
             error, emulated = (
-                squares(run_kernel(kernel, problem, options, torch.bfloat16), exact) ** 0.5 / exact.out.norm()
+                squares(run_kernel(kernel, problem, options, torch.float16), exact) ** 0.5 / exact.out.norm()
             ).tolist()
             rows.append(
                 dict(

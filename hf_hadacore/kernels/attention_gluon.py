@@ -37,11 +37,11 @@ _INT_BIAS = gl.constexpr(12582912.0)
 _ONE_OF_FOUR = gl.constexpr("""
 {
 .reg .f32 x, r, n, p;
-.reg .b32 i, b;
+.reg .b32 i;
 ex2.approx.ftz.f32 $0, $4;
 ex2.approx.ftz.f32 $1, $5;
 ex2.approx.ftz.f32 $2, $6;
-max.f32 x, $7, 0fC2FA0000;
+max.NaN.f32 x, $7, 0fC2FA0000;
 add.rn.f32 r, x, 0f4B400000;
 sub.rn.f32 n, r, 0f4B400000;
 sub.rn.f32 x, x, n;
@@ -50,18 +50,18 @@ fma.rn.f32 p, p, x, 0f3F31798D;
 fma.rn.f32 p, p, x, 0f3F7FFB4B;
 mov.b32 i, r;
 shl.b32 i, i, 23;
-mov.b32 b, p;
-add.s32 b, b, i;
-mov.b32 $3, b;
+add.s32 i, i, 0x3f800000;
+mov.b32 n, i;
+mul.rn.f32 $3, p, n;
 }
 """)
 _TWO_OF_FOUR = gl.constexpr("""
 {
 .reg .f32 x, r, n, p;
-.reg .b32 i, b;
+.reg .b32 i;
 ex2.approx.ftz.f32 $0, $4;
 ex2.approx.ftz.f32 $1, $5;
-max.f32 x, $6, 0fC2FA0000;
+max.NaN.f32 x, $6, 0fC2FA0000;
 add.rn.f32 r, x, 0f4B400000;
 sub.rn.f32 n, r, 0f4B400000;
 sub.rn.f32 x, x, n;
@@ -70,10 +70,10 @@ fma.rn.f32 p, p, x, 0f3F31798D;
 fma.rn.f32 p, p, x, 0f3F7FFB4B;
 mov.b32 i, r;
 shl.b32 i, i, 23;
-mov.b32 b, p;
-add.s32 b, b, i;
-mov.b32 $2, b;
-max.f32 x, $7, 0fC2FA0000;
+add.s32 i, i, 0x3f800000;
+mov.b32 n, i;
+mul.rn.f32 $2, p, n;
+max.NaN.f32 x, $7, 0fC2FA0000;
 add.rn.f32 r, x, 0f4B400000;
 sub.rn.f32 n, r, 0f4B400000;
 sub.rn.f32 x, x, n;
@@ -82,9 +82,9 @@ fma.rn.f32 p, p, x, 0f3F31798D;
 fma.rn.f32 p, p, x, 0f3F7FFB4B;
 mov.b32 i, r;
 shl.b32 i, i, 23;
-mov.b32 b, p;
-add.s32 b, b, i;
-mov.b32 $3, b;
+add.s32 i, i, 0x3f800000;
+mov.b32 n, i;
+mul.rn.f32 $3, p, n;
 }
 """)
 UNSPECIALIZED = ["tiles", "query_tiles", "queries", "keys", "blocks", "window"]
@@ -102,7 +102,8 @@ def _exp2_of_block(b_x, POLYNOMIALS: gl.constexpr):
     """2^x of a block, POLYNOMIALS of every four by a polynomial: the unit for 2^x is what softmax waits for.
 
     The idea is FlashAttention-4's. x is the sum of an integer, which goes into the exponent, and a rest
-    within 1/2, of which a cubic gives 2^x within 7.5e-5; fp8 keeps 6e-2. Below -125 it gives 2^-125.
+    within 1/2, of which a cubic gives 2^x within 7.5e-5; fp8 keeps 6e-2. Below -125 it gives 2^-125; NaN
+    stays NaN.
     """
     if POLYNOMIALS == 0:
         return _exp2(b_x)
@@ -119,8 +120,9 @@ def _exp2_of_block(b_x, POLYNOMIALS: gl.constexpr):
 
 @gluon.jit
 def _exponent(scale):
-    """k of 2^k, as a float."""
-    return (scale.to(gl.int32, bitcast=True) >> 23).to(gl.float32) - 127.0
+    """k of 2^k, as a float; NaN of what is infinite or NaN."""
+    bits = scale.to(gl.int32, bitcast=True)
+    return gl.where(bits < 0x7F800000, (bits >> 23).to(gl.float32) - 127.0, float("nan"))
 
 
 @gluon.jit
@@ -321,11 +323,14 @@ def _softmax(
     b_q_scale,
     b_offset,
     b_max,
+    b_scaled_max,
+    b_unit,
     b_sum,
     p_key_scales,
     p_value_scales,
     i_block,
-    keys,
+    first,
+    end,
     o_first,
     o_end,
     first_of_all,
@@ -338,16 +343,18 @@ def _softmax(
     POLYNOMIALS: gl.constexpr,
     V: gl.constexpr,
 ):
-    """P of a block as the operand of P V, the new maxima and sums, and what older sums are to be scaled with.
+    """P of a block as the operand of P V, new maxima and sums, and what older sums are to be scaled with.
 
-    The maximum is that of log2(p v_scale), so P fits into fp8 whatever the scales of the values.
+    Sums are in units of 2^b_unit, P of a 2^8th of that.
     """
     ACC: gl.constexpr = b_s.type.layout
     i_key = i_block * BLOCK_N
     o_key = i_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACC))
     if PER_TOKEN:
-        key_scale = gl.load(p_key_scales + o_key, mask=o_key < keys, other=1.0)
-        value_scale = gl.load(p_value_scales + o_key, mask=o_key < keys, other=1.0)
+        # What nobody sees may be anything.
+        m_key = (o_key >= first) & (o_key < end)
+        key_scale = gl.load(p_key_scales + o_key, mask=m_key, other=1.0)
+        value_scale = gl.load(p_value_scales + o_key, mask=m_key, other=1.0)
     else:
         key_scale = gl.load(p_key_scales + i_block)
         value_scale = gl.load(p_value_scales + i_block)
@@ -372,24 +379,29 @@ def _softmax(
             gl.expand_dims(o_key, 0) < gl.expand_dims(o_end, 1)
         )
         b_s = gl.where(m, b_s, float("-inf"))
+    # Of a row: the largest logit, and the largest together with the logarithm of its value's scale.
     if IS_PLAIN:
         b_slope = b_q_scale * (key_scale * scale)
         b_top = (_row_max(b_s) - BIAS) * b_slope
         if b_offset is not None:
             b_top += b_offset
-        b_exponent = _exponent(value_scale)
-    elif PER_TOKEN:
-        b_exponents = gl.expand_dims(_exponent(value_scale), 0)
-        b_s = b_s + b_exponents
-        b_top = _row_max(b_s)
-        b_exponent = 0.0
     else:
         b_top = _row_max(b_s)
+    if PER_TOKEN:
+        b_exponent = 0.0
+        b_s += gl.expand_dims(_exponent(value_scale), 0)
+        b_top_scaled = _row_max(b_s)
+    else:
         b_exponent = _exponent(value_scale)
-    b_new_max = gl.maximum(b_max, b_top + b_exponent)
+        b_top_scaled = b_top + b_exponent
+    b_max = gl.maximum(b_max, b_top)
+    b_scaled_max = gl.maximum(b_scaled_max, b_top_scaled)
+    # P fits into fp8 whatever the scales are, and that of the largest logit is a power of two: it is exact.
+    b_new_unit = b_max + gl.ceil(b_scaled_max - b_max)
     # Where nothing has been seen yet.
-    b_shift = _P_EXPONENT - gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    b_decay = _exp2(b_max + b_shift - _P_EXPONENT)
+    b_new_unit = gl.where(b_max == float("-inf"), float("-inf"), b_new_unit)
+    b_shift = _P_EXPONENT - gl.where(b_max == float("-inf"), 0.0, b_new_unit)
+    b_decay = _exp2(b_unit + b_shift - _P_EXPONENT)
     b_shift += b_exponent
     if IS_PLAIN:
         if b_offset is not None:
@@ -407,7 +419,7 @@ def _softmax(
     # Column 8 e + 2 t + p of each 16 goes to 4 t + 2 e + p: into the registers where it is already.
     b_p = gl.permute(gl.reshape(b_p, (ROWS, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
     b_p = gl.convert_layout(gl.reshape(b_p, (ROWS, BLOCK_N)), gl.DotOperandLayout(0, V, 4))
-    return _to_fp8(b_p), b_new_max, b_sum, b_decay
+    return _to_fp8(b_p), b_max, b_scaled_max, b_new_unit, b_sum, b_decay
 
 
 @gluon.jit
@@ -500,6 +512,8 @@ def _consume(
         else:
             b_offset = None
         b_max = gl.full((ROWS,), float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
+        b_scaled_max = b_max
+        b_unit = b_max
         b_sum = gl.zeros((ROWS, 4), gl.float32, layout=_lanes_layout())
         b_out = gl.zeros((ROWS, D), gl.float32, layout=V)
         if count > 0:
@@ -511,16 +525,19 @@ def _consume(
             mbarrier.arrive(s_k_empty.index(i_used % SLOTS), count=1)
             # P does not live from one round to the next: it would be carried byte by byte.
             for _ in range(count - 1):
-                b_p, b_max, b_sum, b_decay = _softmax(
+                b_p, b_max, b_scaled_max, b_unit, b_sum, b_decay = _softmax(
                     b_s,
                     b_q_scale,
                     b_offset,
                     b_max,
+                    b_scaled_max,
+                    b_unit,
                     b_sum,
                     p_key_scales,
                     p_value_scales,
                     i_block,
-                    keys,
+                    first,
+                    end,
                     o_first,
                     o_end,
                     first_of_all,
@@ -547,16 +564,19 @@ def _consume(
                 mbarrier.arrive(s_k_empty.index(i_next % SLOTS), count=1)
                 i_used = i_next
             mbarrier.arrive(s_q_empty.index(i_read & 1), count=1)
-            b_p, b_max, b_sum, b_decay = _softmax(
+            b_p, b_max, b_scaled_max, b_unit, b_sum, b_decay = _softmax(
                 b_s,
                 b_q_scale,
                 b_offset,
                 b_max,
+                b_scaled_max,
+                b_unit,
                 b_sum,
                 p_key_scales,
                 p_value_scales,
                 i_block,
-                keys,
+                first,
+                end,
                 o_first,
                 o_end,
                 first_of_all,
@@ -579,7 +599,7 @@ def _consume(
         b_total = gl.convert_layout(gl.sum(b_sum, axis=1), gl.SliceLayout(1, S))
         if p_sinks is not None:
             # One more logit, in the units of the sums.
-            b_total += _exp2(gl.load(p_sinks + i_h) * 1.4426950408889634 + _P_EXPONENT - b_max)
+            b_total += _exp2(gl.load(p_sinks + i_h) * 1.4426950408889634 + _P_EXPONENT - b_unit)
         b_inverse = 1.0 / gl.where(b_total == 0.0, 1.0, b_total)
         b_out *= gl.expand_dims(gl.convert_layout(b_inverse, gl.SliceLayout(1, V)), 1)
         o_m = first_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
