@@ -78,9 +78,9 @@ def test_products_run_on_8_bit_operands_and_nothing_is_shuffled_or_spilled(d, va
     of_logits = r"\.s32\.s8\.s8" if variant.get("int8") else r"\.f32\.e4m3\.e4m3"
     assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n128k32{of_logits}", ptx)
     assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{d}k32\.f32\.e4m3\.e4m3", ptx)
-    # Only the maxima and, at the end, the sums of a row go from thread to thread (and a warp learns its
+    # Only maxima and, at the end, the sums of rows go from thread to thread (and a warp learns its
     # number): P does not.
-    assert len(re.findall(r"\bshfl\.sync", ptx)) <= 37
+    assert len(re.findall(r"\bshfl\.sync", ptx)) <= 64
     assert "cp.async.bulk.tensor.2d" in ptx
     # A few registers, if any, and not the 64 of a tile.
     assert resources(asm["cubin"], tmp_path).stack <= 64
