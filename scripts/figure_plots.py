@@ -93,3 +93,37 @@ def w4a16(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xticks([x + 0.4 for x in range(len(shapes))], [f"{n}\nx{k}" for n, k in shapes], fontsize=8)
     axes.set_ylabel("share of the time that a copy\nof as many bytes takes")
     axes.legend(fontsize=7, ncols=2, frameon=False)
+
+
+@plot("attention")
+def attention(axes: Any, result: dict[str, Any]) -> None:
+    """TFLOP/s of prefill with heads of 128, ours and the peers'; hatched: without quantizing."""
+    rows = [row for row in result["prefill"] if row["d"] == 128]
+    kernels = {
+        "sdpa cudnn": ("SDPA, cuDNN, bf16", "0.6", False),
+        "fa3 bf16": ("FlashAttention-3, bf16", "C0", False),
+        "fp8 all": ("hf_hadacore, fp8", "C3", False),
+        "int8-fp8 all": ("hf_hadacore, int8-fp8", "C1", False),
+        "fa3 fp8 kernel": ("FlashAttention-3, fp8, without quantizing", "C0", True),
+        "fp8 kernel": ("hf_hadacore, fp8, without quantizing", "C3", True),
+        "int8-fp8 kernel": ("hf_hadacore, int8-fp8, without quantizing", "C1", True),
+    }
+    width = 0.85 / len(kernels)
+    for i, (kernel, (label, color, is_alone)) in enumerate(kernels.items()):
+        axes.bar(
+            [x + width * (i - len(kernels) / 2 + 0.5) for x in range(len(rows))],
+            [row["tflops"].get(kernel, 0) for row in rows],
+            width,
+            label=label,
+            color="white" if is_alone else color,
+            edgecolor=color,
+            linewidth=1,
+            hatch="////" if is_alone else None,
+        )
+    axes.set_xticks(
+        range(len(rows)),
+        [f"{'causal' if row['causal'] else 'full'}, {row['tokens']}" for row in rows],
+        fontsize=8,
+    )
+    axes.set_ylabel("TFLOP/s, heads of 128")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -208,25 +208,25 @@ def experts_speed() -> str:
 
 
 @block
-def decode_attention() -> str:
-    result = read_results("decode_attention")
+def experts_prefill() -> str:
+    result = read_results("experts")["prefill"]
     rows = [
         [
-            f"batch {row['batch']}, {row['filled']} of {row['length']} keys",
-            *(f"{row[f'rope+{name}'] - row['rope']:.1f} µs" for name in ("ours", "sdpa")),
-            f"{row['memory']:.1f} µs",
+            row["tokens"],
+            f"{row['us']['int4']:.0f} µs",
+            f"{row['us']['bf16 grouped_mm']:.0f} µs",
+            f"{row['times_faster_than_bf16']:.2f}x",
+            f"{row['products_tflop_per_s']:.0f}",
+            f"{row['us']['int4, eager']:.0f} µs",
+            f"{row['times_faster_than_loop']:.1f}x",
         ]
-        for row in result["times_us"]
+        for row in result["times"]
     ]
-    cases = result["random_cases"]
-    errors = ", ".join(
-        f"{name.removeprefix('torch.')} {value['worst_floors']:.2f} floors (SDPA "
-        f"{value['worst_floors_of_sdpa']:.2f})"
-        for name, value in cases.items()
-        if isinstance(value, dict)
-    )
-    header = ["one token, 32 query and 8 KV heads of 128", "ours", "PyTorch's SDPA", "memory alone"]
-    note = f"{cases['cases']} random problems, largest error: {errors}."
+    header = ["tokens", "int4", "bf16 grouped_mm", "bf16 / int4", "TFLOP/s of the int4 products"]
+    header += ["int4 without a graph", "loop over experts / int4"]
+    products = result["products"]
+    worst = max(products["worst_error_in_floors"], *products["models_error_in_floors"].values())
+    note = f"{products['cases']} random problems, largest error {worst:.2f} floors."
     return f"{table(header, rows)}\n\n{note} {source(result)}"
 
 
@@ -249,3 +249,19 @@ def hadamard_speed() -> str:
     header = ["n, bf16", "2^25 elements, cold", "speed of a copy", "2^20 elements, hot: times a copy's time"]
     note = f"Largest errors in a run of {cases['cases']} random cases: {errors}."
     return f"{table(header, rows)}\n\n{note} {source(result)}"
+
+
+@block
+def rotate_quantize_speed() -> str:
+    result, checked = read_results("rotate_quantize"), read_results("check_rotate_quantize")
+    rows = [
+        [row["work"], f"{row['us']:.1f} µs", f"{row['floor_us']:.1f} µs", f"{row['share_of_floor']:.0%}"]
+        for row in result["times"]
+        if row["tokens"] > 1
+    ]
+    single = ", ".join(f"{row['work']}: {row['us']:.1f} µs" for row in result["times"] if row["tokens"] == 1)
+    header = ["32 q and 8 kv heads of 8192 tokens, 2^25 elements of activations", "time", "floor", "share"]
+    cases = sum(checked[name]["cases"] for name in ("random_cases", "random_rows"))
+    failed = sum(checked[name]["failed"] for name in ("random_cases", "random_rows"))
+    note = f"{cases} random problems, value by value against float64: {failed or 'none'} beyond the rounding."
+    return f"{table(header, rows)}\n\n{single}. {note} {source(result)}"

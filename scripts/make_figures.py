@@ -4,15 +4,16 @@
     python scripts/make_figures.py --check    # fail if the documents do not say what the results say
 
 A table stands between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->`, and is what the function NAME of
-`figure_tables` returns. To add one, write a function with `@block` that reads its results with
-`read_results`, and put the two comments into a document.
+`figure_tables` or `figure_attention` returns. To add one, write a function with `@block` that reads its
+results with `read_results`, and put the two comments into a document.
 """
 
 import re
 from pathlib import Path
 from typing import Annotated
 
-import figure_tables  # noqa: F401  # fills BLOCKS
+import figure_attention  # noqa: F401  # fills BLOCKS
+import figure_tables  # noqa: F401
 import typer
 from figure_plots import PLOTS, is_current, write_plot
 from figures import BLOCKS, FiguresError
@@ -40,7 +41,7 @@ def fill(texts: dict[str, str]) -> dict[str, str]:
         names += found
     if sorted(names) != sorted(BLOCKS):
         raise FiguresError(
-            f"the documents have blocks {sorted(names)}, figure_tables.py functions {sorted(BLOCKS)}; "
+            f"the documents have blocks {sorted(names)}, the scripts functions {sorted(BLOCKS)}; "
             "they must be the same"
         )
     return {

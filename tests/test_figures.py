@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import figure_attention
 import figure_plots
+import figure_tables
 import figures
 import make_figures
 import pytest
@@ -102,3 +104,93 @@ def test_table() -> None:
 def test_source_of_figures() -> None:
     result = {"device": "CPU", "versions": {"torch": "2.13"}, "date": "2026-01-02", "command": "python x.py"}
     assert source(result) == "CPU; torch 2.13; 2026-01-02: `python x.py`"
+
+
+ABOUT = {"device": "GPU", "versions": {}, "date": "2026-01-02", "command": "python x.py"}
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **results: dict) -> None:
+    """Results that tables are made of instead of those of the repository."""
+    for module in (figure_attention, figure_tables):
+        monkeypatch.setattr(module, "read_results", results.__getitem__)
+
+
+def test_rotate_quantize_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = {"work": "q and k", "tokens": 8192, "us": 50.04, "floor_us": 45.0, "share_of_floor": 0.899}
+    part = {"cases": 5, "failed": 0}
+    given(
+        monkeypatch,
+        rotate_quantize=ABOUT | {"times": [work, work | {"work": "one token", "tokens": 1}]},
+        check_rotate_quantize={"random_cases": part, "random_rows": part | {"failed": 2}},
+    )
+    text = figure_tables.rotate_quantize_speed()
+    assert "| q and k | 50.0 µs | 45.0 µs | 90% |" in text
+    assert "one token: 50.0 µs. 10 random problems, value by value against float64: 2 beyond" in text
+
+
+def test_experts_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    us = {"int4": 180.5, "bf16 grouped_mm": 361.0, "int4, eager": 700.0}
+    row = {"tokens": 64, "us": us, "times_faster_than_bf16": 2.0}
+    row |= {"products_tflop_per_s": 28.6, "times_faster_than_loop": 36.79}
+    products = {"cases": 7, "worst_error_in_floors": 1.0, "models_error_in_floors": {"a": 1.0, "b": 1.25}}
+    given(monkeypatch, experts={"prefill": ABOUT | {"times": [row], "products": products}})
+    text = figure_tables.experts_prefill()
+    assert "| 64 | 180 µs | 361 µs | 2.00x | 29 | 700 µs | 36.8x |" in text
+    assert "7 random problems, largest error 1.25 floors." in text
+
+
+def prefill(tokens: int, causal: bool = True, d: int = 128, **tflops: int) -> dict:
+    tflops = {name.replace("_", " "): value for name, value in tflops.items()}
+    return {"d": d, "tokens": tokens, "causal": causal, "tflops": tflops, "us": tflops}
+
+
+def test_attention_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that were not there are left out; what failed, ours or theirs, is not."""
+    decode = {"batch": 8, "keys": 4096, "us": {"fp8 all": 19.61}, "share_of_copy": {"fp8 all": 0.142}}
+    other = {"batch": 8, "keys": 9, "us": {"sdpa flash bf16": 31.4}, "share_of_copy": {"sdpa flash bf16": 1}}
+    rows = [
+        prefill(1024, sdpa_flash=300, sdpa_cudnn=500, fp8_all=600),
+        prefill(4096, sdpa_cudnn=510),
+        prefill(4096, causal=False, sdpa_cudnn=520, fp8_all=610),
+        prefill(1024, d=64, sdpa_cudnn=250, fp8_all=350),
+    ]
+    given(
+        monkeypatch,
+        attention=ABOUT | {"prefill": rows, "decode": [decode, other], "copy_bandwidth_tb_per_s": 3},
+    )
+    text = figure_attention.attention_prefill()
+    assert "| TFLOP/s, heads of 128 | causal, 1024 | causal, 4096 | full, 4096 |" in text
+    assert "| SDPA, flash, bf16 | 300 | failed | failed |" in text
+    assert "| ours, fp8 | 600 | failed | 610 |" in text
+    assert "| ours, fp8 | 350 |" in text and "FlashAttention" not in text
+    text = figure_attention.attention_decode()
+    assert "| one token | fp8 | SDPA, flash, bf16 |" in text
+    assert "| batch 8, 4096 keys | 19.6 µs, 14% | failed |" in text
+    text = figure_attention.attention_summary()
+    assert "| causal prefill of 1024 tokens: TFLOP/s | 500 | 600 | failed |" in text
+    assert "| one token, batch 8, 4096 keys: µs | failed | 20 | failed |" in text
+    assert "610" not in text and "350" not in text
+
+
+def test_attention_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_by(kernel: str, mode: str, error: float) -> dict:
+        row = {"kernel": kernel, "mode": mode, "distribution": "normal", "error": error, "reference": 0.03}
+        return row | {"tokens": 1, "keys": 8192, "value_mean": 1.0, "emulated": 0.002}
+
+    rows = [
+        off_by("attention_hopper", "fp8", 0.05267),
+        off_by("attention_triton", "fp8", 0.0527),
+        off_by("attention_triton", "int8-fp8", 0.0384),
+    ]
+    part = {"random": {"cases": 7, "failed": 0}}
+    bad = {"random": {"cases": 9, "failed": 2}}
+    checked = ABOUT | {"distributions": rows, "attention_hopper": bad, "attention_triton": part}
+    given(monkeypatch, check_attention=checked | {"long_context": [*rows, rows[0] | {"keys": 32768}]})
+    text = figure_attention.attention_errors()
+    assert "| fp8, Hopper kernel | 0.0527 |" in text and "| int8-fp8, Hopper kernel | failed |" in text
+    assert "| int8-fp8, reference | 0.0300 |" in text
+    assert "9 with the Hopper kernel, 2 beyond what rounding allows; 7 with the portable kernel, none" in text
+    text = figure_attention.attention_long_context()
+    assert "| V ~ N(1, 1), 8192 | V ~ N(1, 1), 32768 |" in text
+    assert "| fp8, Hopper kernel, 1 query | 5.27% (0.20%) | 5.27% (0.20%) |" in text
+    assert "| int8-fp8, portable kernel, 1 query | 3.84% (0.20%) | failed |" in text

@@ -1,0 +1,158 @@
+"""The tables about attention, each a block of the function's name."""
+
+from typing import Any
+
+from figures import block, read_results, source, table
+
+# By what `benchmark_attention.py` calls them; a peer that was not there is left out.
+_PREFILL = {
+    "sdpa flash": "SDPA, flash, bf16",
+    "sdpa cudnn": "SDPA, cuDNN, bf16",
+    "fa3 bf16": "FlashAttention-3, bf16",
+    "fa3 fp8 kernel": "FlashAttention-3, fp8, without quantizing",
+    "fp8 kernel": "ours, fp8, without quantizing",
+    "int8-fp8 kernel": "ours, int8-fp8, without quantizing",
+    "fp8 all": "ours, fp8",
+    "int8-fp8 all": "ours, int8-fp8",
+    "sdpa cudnn, rope": "RoPE, then SDPA, cuDNN, bf16",
+    "fp8 all, rope": "RoPE and ours, fp8",
+    "int8-fp8 all, rope": "RoPE and ours, int8-fp8",
+}
+_DECODE = {
+    "fp8 all": "fp8",
+    "int8-fp8 all": "int8-fp8",
+    "fp8 kernel": "fp8, attention alone",
+    "int8-fp8 kernel": "int8-fp8, attention alone",
+    "fa3 fp8 kernel": "FlashAttention-3, fp8, attention alone",
+    "sdpa flash bf16": "SDPA, flash, bf16",
+}
+_KERNELS = {"attention_hopper": "Hopper kernel", "attention_triton": "portable kernel"}
+_MODES = ("fp8", "int8-fp8")
+
+
+def _measured(names: dict[str, str], rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {name: label for name, label in names.items() if any(name in row["us"] for row in rows)}
+
+
+@block
+def decode_attention() -> str:
+    result = read_results("decode_attention")
+    rows = [
+        [
+            f"batch {row['batch']}, {row['filled']} of {row['length']} keys",
+            *(f"{row[f'rope+{name}'] - row['rope']:.1f} µs" for name in ("ours", "sdpa")),
+            f"{row['memory']:.1f} µs",
+        ]
+        for row in result["times_us"]
+    ]
+    cases = result["random_cases"]
+    errors = ", ".join(
+        f"{name.removeprefix('torch.')} {value['worst_floors']:.2f} floors (SDPA "
+        f"{value['worst_floors_of_sdpa']:.2f})"
+        for name, value in cases.items()
+        if isinstance(value, dict)
+    )
+    header = ["one token, 32 query and 8 KV heads of 128", "ours", "PyTorch's SDPA", "memory alone"]
+    note = f"{cases['cases']} random problems, largest error: {errors}."
+    return f"{table(header, rows)}\n\n{note} {source(result)}"
+
+
+@block
+def attention_summary() -> str:
+    """What README shows: heads of 128, quantization included, beside the fastest attention in bf16."""
+    result = read_results("attention")
+    rows: list[list[object]] = []
+    for row in result["prefill"]:
+        if row["d"] == 128 and row["causal"]:
+            best = max(row["tflops"].get(name, 0) for name in ("sdpa flash", "sdpa cudnn", "fa3 bf16"))
+            what = f"causal prefill of {row['tokens']} tokens: TFLOP/s"
+            rows.append([what, best, *(row["tflops"].get(f"{mode} all", "failed") for mode in _MODES)])
+    for row in result["decode"]:
+        times = (row["us"].get(name) for name in ("sdpa flash bf16", *(f"{mode} all" for mode in _MODES)))
+        cells = ("failed" if us is None else f"{us:.0f}" for us in times)
+        rows.append([f"one token, batch {row['batch']}, {row['keys']} keys: µs", *cells])
+    header = ["32 query and 8 KV heads of 128", "fastest in bf16", *_MODES]
+    return f"{table(header, rows)}\n\n{source(result)}"
+
+
+@block
+def attention_prefill() -> str:
+    result = read_results("attention")
+    parts = []
+    for d in dict.fromkeys(row["d"] for row in result["prefill"]):
+        columns = [row for row in result["prefill"] if row["d"] == d]
+        sizes = [f"{'causal' if row['causal'] else 'full'}, {row['tokens']}" for row in columns]
+        rows = [
+            [label, *(row["tflops"].get(name, "failed") for row in columns)]
+            for name, label in _measured(_PREFILL, columns).items()
+        ]
+        parts.append(table([f"TFLOP/s, heads of {d}", *sizes], rows))
+    return "\n\n".join([*parts, source(result)])
+
+
+@block
+def attention_decode() -> str:
+    result = read_results("attention")
+    names = _measured(_DECODE, result["decode"])
+    rows = [
+        [
+            f"batch {row['batch']}, {row['keys']} keys",
+            *(
+                f"{row['us'][name]:.1f} µs, {row['share_of_copy'][name]:.0%}"
+                if name in row["us"]
+                else "failed"
+                for name in names
+            ),
+        ]
+        for row in result["decode"]
+    ]
+    note = f"Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s."
+    return f"{table(['one token', *names.values()], rows)}\n\n{note} {source(result)}"
+
+
+@block
+def attention_errors() -> str:
+    result = read_results("check_attention")
+    cells = {(row["distribution"], row["mode"], row["kernel"]): row for row in result["distributions"]}
+    names = list(dict.fromkeys(name for name, _, _ in cells))
+    kernels = [kernel for kernel in _KERNELS if kernel in result]
+
+    def errors(mode: str, kernel: str, kind: str = "error") -> list[str]:
+        found = (cells.get((name, mode, kernel)) for name in names)
+        return ["failed" if row is None else f"{row[kind]:.4f}" for row in found]
+
+    rows = []
+    for mode in _MODES:
+        rows += [[f"{mode}, {_KERNELS[kernel]}", *errors(mode, kernel)] for kernel in kernels]
+        rows.append([f"{mode}, reference", *errors(mode, kernels[-1], "reference")])
+    random = {_KERNELS[kernel]: result[kernel]["random"] for kernel in kernels}
+    checked = "; ".join(
+        f"{cases['cases']} with the {label}, {cases['failed'] or 'none'} beyond what rounding allows"
+        for label, cases in random.items()
+    )
+    header = ["relative L2 against float64", *names]
+    return f"{table(header, rows)}\n\nRandom problems: {checked}. {source(result)}"
+
+
+@block
+def attention_long_context() -> str:
+    result = read_results("check_attention")
+    cells = {
+        (row["kernel"], row["tokens"], row["mode"], row["value_mean"], row["keys"]): row
+        for row in result["long_context"]
+    }
+    columns = sorted({key[3:] for key in cells})
+    rows = []
+    for kernel, tokens, mode in dict.fromkeys(key[:3] for key in cells):
+        found = (cells.get((kernel, tokens, mode, *column)) for column in columns)
+        rows.append(
+            [
+                f"{mode}, {_KERNELS[kernel]}, {tokens} {'queries' if tokens > 1 else 'query'}",
+                *(
+                    "failed" if row is None else f"{row['error']:.2%} ({row['emulated']:.2%})"
+                    for row in found
+                ),
+            ]
+        )
+    header = ["relative L2 (of the emulation)", *(f"V ~ N({mean:.0f}, 1), {keys}" for mean, keys in columns)]
+    return f"{table(header, rows)}\n\n{source(result)}"
