@@ -35,6 +35,7 @@ SCRIPTS = (
     "check_decode_attention_gpu.py",
     "check_hadamard_gpu.py",
     "check_rotate_quantize_gpu.py",
+    "check_attention_gpu.py",
 )
 TOOLS = ("memcheck", "racecheck")
 CONTROL = """
