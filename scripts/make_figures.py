@@ -4,8 +4,8 @@
     python scripts/make_figures.py --check    # fail if the documents do not say what the results say
 
 A table stands between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->`, and is what the function NAME of
-`figure_tables` or `figure_attention` returns. To add one, write a function with `@block` that reads its
-results with `read_results`, and put the two comments into a document.
+a module `figure_…` returns. To add one, write a function with `@block` that reads its results with
+`read_results`, and put the two comments into a document.
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import figure_attention  # noqa: F401  # fills BLOCKS
+import figure_hadamard  # noqa: F401
 import figure_tables  # noqa: F401
 import typer
 from figure_plots import PLOTS, is_current, write_plot

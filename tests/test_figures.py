@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import figure_attention
+import figure_hadamard
 import figure_plots
 import figure_tables
 import figures
@@ -111,8 +112,57 @@ ABOUT = {"device": "GPU", "versions": {}, "date": "2026-01-02", "command": "pyth
 
 def given(monkeypatch: pytest.MonkeyPatch, **results: dict) -> None:
     """Results that tables are made of instead of those of the repository."""
-    for module in (figure_attention, figure_tables):
+    for module in (figure_attention, figure_hadamard, figure_tables):
         monkeypatch.setattr(module, "read_results", results.__getitem__)
+
+
+def transform(n: int, dtype: str, exponent: int, **us: float) -> dict:
+    return {"n": n, "dtype": dtype, "elements": (1 << exponent) // n * n, "us": us, "hot_us": us}
+
+
+def test_hadamard_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From results as the benchmark writes them; what was not measured is left empty."""
+    rows = [
+        transform(128, "bf16", 20, copy=2, ours=4),
+        transform(128, "bf16", 25, copy=48, ours=50, dense=96),
+        transform(128, "fp32", 25, copy=96, ours=960),
+        transform(14336, "bf16", 25, copy=48, ours=60),
+    ]
+    peers: dict = {"device": "another GPU", "date": "2025-01-02"}
+    peers |= {"share_of_copy_at_2_27_elements_bf16": {"HadaCore": {"128": 1.0}, "FlagGems": {"256": 0.99}}}
+    peers |= {"share_of_copy_at_2_25_elements_bf16": {"butterfly": {"14336": 0.4}}}
+    worst = {"torch.float16": {"error_in_floors": 1}}
+    given(
+        monkeypatch,
+        hadamard=ABOUT | {"rows": rows},
+        hadamard_peers=peers,
+        check_hadamard={"random_cases": {"cases": 7, "worst": worst}},
+    )
+    text = figure_hadamard.hadamard_speed()
+    assert "| n, bf16 | 2^20 | 2^25 | hot | dense | HadaCore | FlagGems |" in text
+    assert "| 128 | 0.50 | 0.96 | 2.00 | 0.50 | 1.00 |  |" in text
+    assert "| 14336 | 0.80 |  |  | 0.40 |" in text
+    assert "0.10 for 128" in text and "7 random cases: float16 1.000 floors" in text
+    assert "another GPU of 2025-01-02" in text
+
+
+def test_hadamard_over_butterfly(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        transform(128, "bf16", 20, ours=4, fast_hadamard_transform=8),
+        transform(128, "fp16", 20, ours=4, fast_hadamard_transform=88),
+        transform(128, "fp32", 25, ours=4000, fast_hadamard_transform=100),
+        transform(128, "bf16", 25, ours=50, fast_hadamard_transform=150),
+        transform(256, "bf16", 25, ours=50, fast_hadamard_transform=45),
+        transform(14336, "bf16", 25, ours=60),
+    ]
+    given(monkeypatch, hadamard=ABOUT | {"rows": rows})
+    text = figure_hadamard.hadamard_over_butterfly()
+    assert "| 128 | 2.00x | 3.00x | 2.00x |" in text and "| 256 |  | 0.90x |  |" in text
+    assert "0.90x to 3.00x, in the median 2.00x." in text and "0.025x for 128." in text
+    assert "14336" not in text and "22" not in text
+    given(monkeypatch, hadamard=ABOUT | {"rows": rows[-1:]})
+    with pytest.raises(FiguresError, match="no times of fast_hadamard_transform"):
+        figure_hadamard.hadamard_over_butterfly()
 
 
 def test_rotate_quantize_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +173,7 @@ def test_rotate_quantize_speed(monkeypatch: pytest.MonkeyPatch) -> None:
         rotate_quantize=ABOUT | {"times": [work, work | {"work": "one token", "tokens": 1}]},
         check_rotate_quantize={"random_cases": part, "random_rows": part | {"failed": 2}},
     )
-    text = figure_tables.rotate_quantize_speed()
+    text = figure_hadamard.rotate_quantize_speed()
     assert "| q and k | 50.0 µs | 45.0 µs | 90% |" in text
     assert "one token: 50.0 µs. 10 random problems, value by value against float64: 2 beyond" in text
 
