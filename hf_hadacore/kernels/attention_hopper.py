@@ -74,7 +74,6 @@ def launch(
     logit_offset: torch.Tensor | None,
     warpgroups: int | None = None,
     slots: int | None = None,
-    polynomials: int = 1,
 ) -> None:
     """Run the kernel on the current device.
 
@@ -86,7 +85,8 @@ def launch(
         warpgroups: 2 or 3 of 64 queries a tile, if not as usual.
         slots: blocks of keys and values in shared memory, if not as usual.
     """
-    from .attention_gluon import BLOCK_N, ROWS, attention_kernel
+    from .attention_prefill import attention_kernel
+    from .attention_softmax import BLOCK_N, ROWS
 
     batch, heads, queries, d = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -125,11 +125,7 @@ def launch(
             d,
             warpgroups,
             SLOTS[d] if slots is None else slots,
-            is_causal,
-            is_per_token,
-            softcap > 0.0,
-            query.dtype == torch.int8,
-            polynomials,
+            (is_causal, is_per_token, softcap > 0.0, query.dtype == torch.int8),
         ),
         (min(tiles, processors_of(query.get_device())), 1, 1),
         num_warps=4,

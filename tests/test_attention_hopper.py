@@ -9,8 +9,9 @@ pytest.importorskip("triton.experimental.gluon")
 from offline import compile_for, resources
 from triton.experimental.gluon import language as gl
 
-from hf_hadacore.kernels.attention_gluon import BLOCK_N, ROWS, attention_kernel
 from hf_hadacore.kernels.attention_hopper import SLOTS, choose_warpgroups
+from hf_hadacore.kernels.attention_prefill import attention_kernel
+from hf_hadacore.kernels.attention_softmax import BLOCK_N, ROWS
 
 HOPPER = 90
 
@@ -52,11 +53,7 @@ def compile_attention(
         D=d,
         WARPGROUPS=choose_warpgroups(d, not per_token and not softcap),
         SLOTS=SLOTS[d],
-        CAUSAL=causal,
-        PER_TOKEN=per_token,
-        SOFTCAP=softcap,
-        INT8=int8,
-        POLYNOMIALS=1,
+        KIND=(causal, per_token, softcap, int8),
     )
     return compile_for(HOPPER, attention_kernel, arguments, num_warps=4)
 
