@@ -89,7 +89,7 @@ def compile_kernel(
         PDL=has_pdl,
     )
     kernel = rotate_quantize_triton._rotate_quantize_kernel
-    options = rotate_quantize_triton._OPTIONS[has_pdl] | {"maxnreg": schedule.registers}
+    options = rotate_quantize_triton.OPTIONS[has_pdl] | {"maxnreg": schedule.registers}
     return compile_for(capability, kernel, arguments, num_warps=schedule.num_warps, **options)
 
 

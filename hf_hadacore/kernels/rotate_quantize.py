@@ -267,7 +267,13 @@ def _knows(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.int8 or torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
-def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
+def has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether heads of x, on CUDA, go through Triton's kernel.
+
+    Args:
+        x: ``[..., D]``.
+        dtype: of values.
+    """
     from .rotate_quantize_triton import MAX_HEAD_SIZE
 
     return x.shape[-1] <= MAX_HEAD_SIZE and _knows(x, dtype)
@@ -339,7 +345,7 @@ def _cuda(x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2
     if is_plain and x.numel() and _has_rows_kernel(x, dtype):
         return _launch_rows(x, dtype, power_of_2, sign)
     # Only heads have a scale without any token.
-    if not _has_kernel(x, dtype) or x.numel() == 0:
+    if not has_kernel(x, dtype) or x.numel() == 0:
         return rotate_quantize_reference(
             x, dtype, scale, block_size, rotate, transpose, interleave, power_of_2, *front
         )
@@ -353,7 +359,7 @@ torch.library.impl("hf_hadacore::rotate_quantize", "cuda", _cuda)
 
 
 def _cache_cuda(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front):
-    if not _has_kernel(x, values.dtype):
+    if not has_kernel(x, values.dtype):
         return _cache_anywhere(x, values, scale, position, rotate, transpose, interleave, power_of_2, *front)
     check(x, values.dtype, "token", 0, rotate, transpose, interleave, *front)
     check_cache(x, values, scale, position, transpose, interleave)

@@ -81,6 +81,42 @@ def turn(b_x, b_cos, b_y, b_sin, MINUS: tl.constexpr):
 
 
 @triton.jit
+def angles_of(p_cos, p_sin, o, m, HALF: tl.constexpr, ONE_HALF: tl.constexpr):
+    """cos and sin of both halves, which are the same with ONE_HALF."""
+    b_cos_low = tl.load(p_cos + o, mask=m, other=0.0)
+    b_sin_low = tl.load(p_sin + o, mask=m, other=0.0)
+    b_cos_high = b_cos_low
+    b_sin_high = b_sin_low
+    if not ONE_HALF:
+        b_cos_high = tl.load(p_cos + o + HALF, mask=m, other=0.0)
+        b_sin_high = tl.load(p_sin + o + HALF, mask=m, other=0.0)
+    return b_cos_low, b_sin_low, b_cos_high, b_sin_high
+
+
+@triton.jit
+def turned(b_low, b_high, b_angles):
+    """Both halves after RoPE with what `angles_of` gives."""
+    b_first = turn(b_low, b_angles[0], b_high, b_angles[1], True)
+    return b_first, turn(b_high, b_angles[2], b_low, b_angles[3], False)
+
+
+@triton.jit
+def rotated(b_low, b_high, b_matrices, D: tl.constexpr, SPLIT: tl.constexpr):
+    """Both halves of H x in fp32, with what `matrices` gives."""
+    b_zero = tl.zeros((b_low.shape[0], b_low.shape[1]), tl.float32)
+    b_from_low = product(b_low, b_matrices[0], b_zero, SPLIT)
+    if D & (D - 1):
+        b_from_low_2 = product(b_low, b_matrices[1], b_zero, SPLIT)
+        b_low = product(b_high, b_matrices[2], b_from_low, SPLIT)
+        b_high = product(b_high, b_matrices[3], b_from_low_2, SPLIT)
+    else:
+        b_from_high = product(b_high, b_matrices[2], b_zero, SPLIT)
+        b_low = b_from_low + b_from_high
+        b_high = b_from_low - b_from_high
+    return b_low, b_high
+
+
+@triton.jit
 def magnitude(b):
     """Bits of |b|, which order as the values do and put NaN above infinity."""
     return b.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -21,15 +21,16 @@ from .launcher import has_pdl, run
 from .rotate_quantize_checks import bits_of
 from .rotate_quantize_schedules import HOPPER_MEMORY, Schedule, choose
 from .rotate_quantize_tiles import (
+    angles_of,
     half_of,
     magnitude,
     matrices,
     place_of_token,
-    product,
+    rotated,
     scales_of,
     to_8_bits,
     token_of_place,
-    turn,
+    turned,
 )
 from .w4a16_launch import processors_of
 
@@ -129,35 +130,18 @@ def _rotate_quantize_kernel(
         b_high = tl.load(p_tile + o_x + HALF, mask=m, other=0.0)
         if p_cos is not None:
             o_c = i_b * s_cb + i_t * s_ct + o_t[:, None].to(tl.int64) * s_ct + o_d[None, :]
-            b_cos_low = tl.load(p_cos + o_c, mask=m, other=0.0)
-            b_sin_low = tl.load(p_sin + o_c, mask=m, other=0.0)
-            b_cos_high = b_cos_low
-            b_sin_high = b_sin_low
-            if not ONE_HALF:
-                b_cos_high = tl.load(p_cos + o_c + HALF, mask=m, other=0.0)
-                b_sin_high = tl.load(p_sin + o_c + HALF, mask=m, other=0.0)
+            b_angles = angles_of(p_cos, p_sin, o_c, m, HALF, ONE_HALF)
         if ROTATE and STAGES == 1:
             # While x is on its way.
             b_matrices = matrices(p_matrix, p_sign, D, PADDED)
         if p_cos is not None:
-            b_first = turn(b_low, b_cos_low, b_high, b_sin_low, True)
-            b_high = turn(b_high, b_cos_high, b_low, b_sin_high, False)
-            b_low = b_first
+            b_low, b_high = turned(b_low, b_high, b_angles)
         if p_offset is not None:
             p_head = p_offset + i_b * s_ob + i_h * D
             b_low = b_low.to(tl.float32) - half_of(p_head, 0, D, PADDED)[None, :]
             b_high = b_high.to(tl.float32) - half_of(p_head, 1, D, PADDED)[None, :]
         if ROTATE:
-            b_zero = tl.zeros((TILE, PADDED), tl.float32)
-            b_from_low = product(b_low, b_matrices[0], b_zero, SPLIT)
-            if D & (D - 1):
-                b_from_low_2 = product(b_low, b_matrices[1], b_zero, SPLIT)
-                b_low = product(b_high, b_matrices[2], b_from_low, SPLIT)
-                b_high = product(b_high, b_matrices[3], b_from_low_2, SPLIT)
-            else:
-                b_from_high = product(b_high, b_matrices[2], b_zero, SPLIT)
-                b_low = b_from_low + b_from_high
-                b_high = b_from_low - b_from_high
+            b_low, b_high = rotated(b_low, b_high, b_matrices, D, SPLIT)
 
         if GROUP == 0 and p_values is not None:
             b_maximum = tl.load(p_maximum + i_head)
@@ -276,10 +260,9 @@ def launch(
     tiles_of_program = 1
     if schedule.stages > 1:
         tiles_of_program = -(-tiles // (schedule.programs * _processors(x.device)))
-    is_wide = x.dtype == torch.float32 or cos is not None or offset is not None
-    term, is_split = _term(x, is_wide)
-    padded = max(16, 1 << (d // 2 - 1).bit_length())
-    matrix = _matrix_on(x.device, d, padded, term) if rotate else None
+    matrix, is_split = None, False
+    if rotate:
+        matrix, is_split = matrix_for(x, cos is not None or offset is not None)
     pdl = has_pdl(x.device)
 
     def launch_step(maximum: torch.Tensor | None, values: torch.Tensor | None) -> None:
@@ -301,7 +284,7 @@ def launch(
             ),
             (
                 d,
-                padded,
+                padded_half(d),
                 tile,
                 heads_of_tile,
                 group,
@@ -319,7 +302,7 @@ def launch(
             (-(-tiles // tiles_of_program), 1, 1),
             num_warps=schedule.num_warps,
             maxnreg=schedule.registers,
-            **_OPTIONS[pdl],
+            **OPTIONS[pdl],
         )
 
     capacity = values.stride(2) if transpose else values.shape[2]
@@ -331,7 +314,7 @@ def launch(
 
 
 # Triton's interpreter does not know the launch option.
-_OPTIONS: dict[bool, dict[str, Any]] = {
+OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"enable_fp_fusion": True},
     True: {"enable_fp_fusion": True, "launch_pdl": True},
 }
@@ -350,12 +333,27 @@ def _has_large_memory(device: torch.device) -> bool:
     return properties["max_shared_mem"] >= HOPPER_MEMORY
 
 
-def _term(x: torch.Tensor, is_wide: bool) -> tuple[torch.dtype, bool]:
-    """The dtype of what is multiplied, and whether a value is split into two of it."""
-    if x.dtype == torch.bfloat16 or not is_wide:
-        return x.dtype, False
-    # bf16 has the range of fp32, and two terms of it 16 bits. The interpreter cannot multiply bf16.
-    return (torch.bfloat16, True) if x.device.type == "cuda" else (torch.float32, False)
+def padded_half(d: int) -> int:
+    """Half of a head as a power of two that tensor cores take."""
+    return max(16, 1 << (d // 2 - 1).bit_length())
+
+
+def matrix_for(x: torch.Tensor, has_front: bool) -> tuple[torch.Tensor, bool]:
+    """What heads are multiplied by, of the dtype in which they are.
+
+    Args:
+        x: ``[..., D]``.
+        has_front: whether RoPE or an offset come first, which leave more than 16 bits.
+
+    Returns:
+        ``[1 or 4, P, P]`` with P = `padded_half`, and whether a value is split into two terms.
+    """
+    d = x.shape[-1]
+    dtype, is_split = x.dtype, False
+    if x.dtype == torch.float32 or (x.dtype == torch.float16 and has_front):
+        # bf16 has the range of fp32, and two terms of it 16 bits. The interpreter cannot multiply bf16.
+        dtype, is_split = (torch.float32, False) if x.device.type == "cpu" else (torch.bfloat16, True)
+    return _matrix_on(x.device, d, padded_half(d), dtype), is_split
 
 
 @cache
