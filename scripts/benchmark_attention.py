@@ -6,9 +6,10 @@ Prefill: 16384 tokens in all, 32 heads of queries and 8 of keys, from bf16 `[B, 
 (4 B H S^2 D floating-point operations, half of it if causal). "kernel" is the attention alone on 8-bit
 inputs; "all" starts from bf16 and has the mean of K, rotation and quantization in it. With "rope" rotary
 embeddings come first, in ours within the pass that quantizes, with a K constant from before. Decode: one
-token on an 8-bit cache, with rotating and quantizing Q, K and V and storing K and V, as the share of a
-copy's bandwidth at which K and V are read. Caches rotate out of L2. Times are medians of CUDA-graph replays.
-FlashAttention-3 is timed if `fa3_fwd` can be imported; its 8-bit inputs are made beforehand.
+token on an 8-bit cache, "all" with rotating and quantizing Q, K and V and storing K and V ("quantize" is that
+alone), as the share of a copy's bandwidth at which K and V are read. Caches rotate out of L2. Times are
+medians of CUDA-graph replays. FlashAttention-3 is timed if `fa3_fwd` can be imported; its 8-bit inputs are
+made beforehand.
 """
 
 import importlib
@@ -29,8 +30,8 @@ from hf_hadacore import quantized_attention, rotate_quantize
 from hf_hadacore.kernels import attention
 from hf_hadacore.kernels.attention import BLOCK_SIZE, attention_8bit
 from hf_hadacore.kernels.measure import ROTATED_BYTES, copy_bandwidth, graph_time
+from hf_hadacore.kernels.quantize_step import quantize_step_into_cache
 from hf_hadacore.kernels.rope import rope
-from hf_hadacore.kernels.rotate_quantize import rotate_quantize_into_cache
 
 TOKENS = 16384
 HEADS, KEY_HEADS = 32, 8
@@ -188,7 +189,6 @@ class Cache:
         self.key_scale, self.value_scale = (
             torch.full((batch, KEY_HEADS, keys), 2.0**-7, device="cuda") for _ in range(2)
         )
-        self.position = torch.tensor([keys - 1], device="cuda")
         self.query_start = torch.full((batch,), keys - 1, dtype=torch.int32, device="cuda")
         self.constant = torch.randn(batch, KEY_HEADS, d, device="cuda")
 
@@ -198,18 +198,13 @@ class Cache:
 
     def step(self) -> torch.Tensor:
         """What a layer does for a token."""
-        rotate_quantize_into_cache(self.k, self.keys, self.key_scale, self.position, offset=self.constant)
-        rotate_quantize_into_cache(
-            self.v,
-            self.values,
-            self.value_scale,
-            self.position,
-            rotate=False,
-            transpose=True,
-            interleave=True,
-            power_of_2=True,
+        return self.attend(*self.quantize())
+
+    def quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        buffers = (self.keys, self.values, self.key_scale, self.value_scale)
+        return quantize_step_into_cache(
+            self.q, self.k, self.v, *buffers, self.query_start, constant=self.constant
         )
-        return self.attend(*rotate_quantize(self.q, dtype=self.keys.dtype))
 
 
 def decode(batch: int, keys: int, bandwidth: float) -> dict[str, Any]:
@@ -219,21 +214,23 @@ def decode(batch: int, keys: int, bandwidth: float) -> dict[str, Any]:
     copies = max(2, math.ceil(ROTATED_BYTES / nbytes))
     row: dict[str, Any] = dict(batch=batch, keys=keys, d=d, us={}, share_of_copy={}, failed={})
 
-    def time(name: str, calls: Sequence[Call], read: int) -> None:
+    def time(name: str, calls: Sequence[Call], read: int | None = None) -> None:
         try:
             us = graph_time(calls, _REPEATS)
         except Exception as error:
             row["failed"][name] = f"{type(error).__name__}: {str(error)[:200]}"
             return
         row["us"][name] = round(us, 2)
-        row["share_of_copy"][name] = round(read / bandwidth * 1e6 / us, 3)
+        if read is not None:
+            row["share_of_copy"][name] = round(read / bandwidth * 1e6 / us, 3)
 
     for mode, dtype in DTYPES.items():
         caches = [Cache(batch, keys, d, dtype) for _ in range(copies)]
-        queries = [rotate_quantize(cache.q, dtype=dtype) for cache in caches]
+        queries = [cache.quantize() for cache in caches]
         time(f"{mode} all", [cache.step for cache in caches], nbytes)
         attend = [partial(cache.attend, *query) for cache, query in zip(caches, queries, strict=True)]
         time(f"{mode} kernel", attend, nbytes)
+        time(f"{mode} quantize", [cache.quantize for cache in caches])
         del caches, attend
     inputs = [random_inputs(batch, 1, keys, d) for _ in range(copies)]
     if has_fa3():
@@ -268,7 +265,8 @@ def print_prefill(row: dict[str, Any]) -> None:
 
 
 def print_decode(row: dict[str, Any]) -> None:
-    cells = [f"{name} {us} us {100 * row['share_of_copy'][name]:.0f}%" for name, us in row["us"].items()]
+    shares = {name: f" {100 * share:.0f}%" for name, share in row["share_of_copy"].items()}
+    cells = [f"{name} {us} us{shares.get(name, '')}" for name, us in row["us"].items()]
     print(f"batch {row['batch']} x {row['keys']}: " + " | ".join(cells), row["failed"] or "")
 
 

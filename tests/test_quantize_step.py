@@ -206,6 +206,7 @@ def compile_kernel(
         dict(dtype=torch.float16, d=80, rope="whole", has_constant=False),
         dict(d=256, keys=INT8),
         dict(d=96),
+        dict(dtype=torch.float32),
     ],
     ids=str,
 )
@@ -227,6 +228,11 @@ def test_on_hopper(tmp_path, variant):
     waits = [part.rsplit("st.global", 1)[-1] for part in ptx.split("griddepcontrol.wait")[:-1]]
     assert [part.count("ld.global") for part in waits] == [reads, reads, 0]
     assert "griddepcontrol.launch_dependents" in waits[0]
+    # After that everything is asked for before any of it is worked on, in all three branches.
+    for part in ptx.split("griddepcontrol.wait")[1:]:
+        branch = part[: part.index("st.global")]
+        assert "ld.global" in branch
+        assert "ld.global" not in branch[branch.index("st.shared") :]
 
 
 @pytest.mark.parametrize("capability", [89, 100])

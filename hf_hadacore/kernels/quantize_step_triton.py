@@ -31,6 +31,33 @@ _TILE = 16
 
 
 @triton.jit
+def _both(b_x, b_y):
+    """The same, of one dtype, from memory.
+
+    Triton moves conversions of layouts, which go through shared memory and wait, up to the loads: the second
+    would be asked for when the first has come. It does not move them across what may have side effects.
+    """
+    if b_x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $2; mov.b32 $1, $3;",
+            "=r,=r,r,r",
+            [b_x, b_y],
+            dtype=(tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $2; mov.b32 $1, $3;",
+            "=r,=r,r,r",
+            [b_x, b_y],
+            dtype=(b_x.dtype, b_x.dtype),
+            is_pure=False,
+            pack=2,
+        )
+
+
+@triton.jit
 def _quantize_head(
     p_x,
     p_cos,
@@ -74,14 +101,23 @@ def _quantize_head(
     m_d = o_d < HALF
     m = m_t[:, None] & m_d[None, :]
     o_x = o_t[:, None].to(tl.int64) * s_xt + o_d[None, :]
-    b_low = tl.load(p_x + o_x, mask=m, other=0.0)
-    b_high = tl.load(p_x + o_x + HALF, mask=m, other=0.0)
+    if p_offset is not None:
+        b_offset_low = half_of(p_offset, 0, D, PADDED)
+        b_offset_high = half_of(p_offset, 1, D, PADDED)
     if p_cos is not None:
         o_c = o_t[:, None].to(tl.int64) * s_ct + o_d[None, :]
-        b_low, b_high = turned(b_low, b_high, angles_of(p_cos, p_sin, o_c, m, HALF, ONE_HALF))
+        b_angles = angles_of(p_cos, p_sin, o_c, m, HALF, ONE_HALF)
+    b_low = tl.load(p_x + o_x, mask=m, other=0.0)
+    b_high = tl.load(p_x + o_x + HALF, mask=m, other=0.0)
+    if PDL:
+        b_low, b_high = _both(b_low, b_high)
+        if p_offset is not None:
+            b_offset_low, b_offset_high = _both(b_offset_low, b_offset_high)
+    if p_cos is not None:
+        b_low, b_high = turned(b_low, b_high, b_angles)
     if p_offset is not None:
-        b_low = b_low.to(tl.float32) - half_of(p_offset, 0, D, PADDED)[None, :]
-        b_high = b_high.to(tl.float32) - half_of(p_offset, 1, D, PADDED)[None, :]
+        b_low = b_low.to(tl.float32) - b_offset_low[None, :]
+        b_high = b_high.to(tl.float32) - b_offset_high[None, :]
     if p_matrix is not None:
         b_low, b_high = rotated(b_low, b_high, b_matrices, D, SPLIT)
 
