@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .errors import UnsupportedError
 from .hadamard_matrices import hadamard_factors
 from .kernels.attention import BLOCK_SIZE, attention_8bit
+from .kernels.key_mean import key_mean
 from .kernels.rotate_quantize import rotate_quantize
 
 # What queries and keys become in each mode; values are e4m3.
@@ -77,10 +78,7 @@ def mean_key(key: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
         key: ``[B, Hkv, L, D]``.
         is_token: boolean ``[B or 1, L]``, False for padding; None if there is none.
     """
-    if is_token is None:
-        return key.mean(2, dtype=torch.float32)
-    total = key.masked_fill(~is_token[:, None, :, None], 0).sum(2, dtype=torch.float32)
-    return total / is_token.sum(1).clamp(min=1)[:, None, None]
+    return key_mean(key, is_token)
 
 
 def quantize_key_value(

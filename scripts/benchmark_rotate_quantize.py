@@ -4,10 +4,11 @@
     python scripts/benchmark_rotate_quantize.py --tune
 
 Times are microseconds in CUDA-graph replays over inputs that rotate out of the L2 cache. The floor is the
-time in which a copy, timed in the same run, moves the bytes of x, of cos and sin, and of the 8-bit values.
+time in which a copy, timed in the same run, moves the bytes of x, of cos and sin, and of the 8-bit values;
+for the mean of keys, those of the keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,11 +21,14 @@ from gpu_report import about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors
 from hf_hadacore.kernels import hadamard_schedules, rotate_quantize_triton
+from hf_hadacore.kernels.key_mean import key_mean, key_mean_reference
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
 from hf_hadacore.kernels.rotate_quantize import rotate_quantize
 from hf_hadacore.kernels.rotate_quantize_triton import Schedule
 
 AnySchedule = Schedule | hadamard_schedules.Schedule
+# B and S of the keys whose mean is timed, of 8 heads of 128 elements.
+MEANS = ((1, 16384), (4, 4096), (1, 131072))
 
 
 class Work(NamedTuple):
@@ -123,18 +127,34 @@ def times_of(works: list[Work]) -> list[dict[str, Any]]:
     times = []
     for work in works:
         calls, nbytes = calls_of(work)
-        floor = nbytes / bandwidth * 1e6
-        elapsed = graph_time(calls)
-        times.append(
-            {
-                "work": work.name,
-                "tokens": work.tokens,
-                "us": round(elapsed, 2),
-                "floor_us": round(floor, 2),
-                "share_of_floor": round(floor / elapsed, 3),
-            }
-        )
+        times.append(time_of(work.name, work.tokens, calls, nbytes, bandwidth))
+    for batch, tokens in MEANS:
+        for name, mean in (("mean of keys", key_mean), ("mean of keys, torch", key_mean_reference)):
+            calls, nbytes = mean_calls(mean, batch, tokens)
+            times.append(time_of(f"{name}, {batch} of {tokens} tokens", tokens, calls, nbytes, bandwidth))
     return times
+
+
+def time_of(name: str, tokens: int, calls: list[Any], nbytes: int, bandwidth: float) -> dict[str, Any]:
+    floor = nbytes / bandwidth * 1e6
+    elapsed = graph_time(calls)
+    return {
+        "work": name,
+        "tokens": tokens,
+        "us": round(elapsed, 2),
+        "floor_us": round(floor, 2),
+        "share_of_floor": round(floor / elapsed, 3),
+    }
+
+
+def mean_calls(mean: Callable[..., Any], batch: int, tokens: int) -> tuple[list[Any], int]:
+    """Calls on keys ``[B, S, H, D]`` that rotate out of the cache, and the bytes of one of them."""
+    nbytes = 2 * batch * tokens * 8 * 128
+    calls = []
+    for _ in range(copies_to_rotate(nbytes)):
+        key = torch.randn(batch, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
+        calls.append(partial(mean, key.transpose(1, 2), None))
+    return calls, nbytes
 
 
 def candidates() -> list[tuple[Work, AnySchedule]]:
