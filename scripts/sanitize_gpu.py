@@ -105,6 +105,8 @@ def main(
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
         raise SystemExit("this check needs a CUDA device and compute-sanitizer")
     folder = Path(__file__).parent
+    if log_folder is not None:
+        log_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
         control = Path(scratch) / "control.py"
         control.write_text(CONTROL)
