@@ -144,7 +144,7 @@ def check_memory() -> dict[str, Any]:
     key, value = torch.randn(2, 1, 8, LONG, 128, device="cuda", dtype=torch.bfloat16)
     new: Any
     for index in range(len(cache.layers)):
-        new, _ = cache.update(key, value, index)
+        new = cache.update(key, value, index)[0]
         new.store(None)
     bf16 = len(cache.layers) * (key.nbytes + value.nbytes)
     del key, value, new
