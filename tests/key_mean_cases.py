@@ -51,4 +51,4 @@ def in_bounds(mean: torch.Tensor, key: torch.Tensor, is_token: torch.Tensor | No
     exact, magnitude = exact_mean(key, is_token)
     roundings = 2 * key.shape[2] ** 0.5 + 2
     bound = roundings * 2.0**-24 * magnitude + torch.finfo(torch.float32).tiny
-    return float(((mean.double() - exact).abs() / bound).max())
+    return float(((mean.double() - exact).abs() / bound).nan_to_num(nan=torch.inf).max())
