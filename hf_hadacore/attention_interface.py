@@ -277,7 +277,7 @@ def _stored(
 ) -> QuantizedKeyValue:
     """What attention reads of the arguments of `attention_forward`."""
     if isinstance(key, NewTokens):
-        return key.store(_is_token(attention_mask, key.shape[2]) if key.are_first else None)
+        return key.store(query, _is_token(attention_mask, key.shape[2]) if key.are_first else None)
     if is_causal and key.shape[2] > query.shape[2]:
         logger.warning_once(
             f"HadaCore: {ATTENTION_NAMES[mode]!r} attention with a cache that is not 8-bit quantizes all "

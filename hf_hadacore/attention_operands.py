@@ -27,6 +27,7 @@ class QuantizedKeyValue(NamedTuple):
         key_scale, value_scale: fp32 ``[B, Hkv, L]`` or ``[B, Hkv, ceil(L/128)]``.
         constant: fp32 ``[B or 1, Hkv, D]``, subtracted from keys; None if nothing was.
         query_start: int32 ``[B]``, which key the first query is; None if the last query is the last key.
+        query: of what has been quantized with its keys, 8-bit ``[B, Hq, S, D]`` and fp32 ``[B, Hq, S]``.
     """
 
     key: torch.Tensor
@@ -35,6 +36,7 @@ class QuantizedKeyValue(NamedTuple):
     value_scale: torch.Tensor
     constant: torch.Tensor | None
     query_start: torch.Tensor | None = None
+    query: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def padded_size(d: int, rotate: bool = True) -> int:
@@ -127,7 +129,7 @@ def attend(
     mask: torch.Tensor | None,
     rotate: bool = True,
 ) -> torch.Tensor:
-    """Rotate and quantize queries, and let them read.
+    """Rotate and quantize queries, where that was not done with their keys, and let them read.
 
     Args:
         query: fp16, bf16 or fp32 ``[B, Hq, S, D]``; D up to that of keys.
@@ -140,15 +142,16 @@ def attend(
     Returns:
         ``[B, S, Hq, D of values]`` in the dtype of query.
     """
-    query = pad_heads(query, stored.key.shape[3])
     logit_offset = None
     if stored.constant is not None and (softcap or sinks is not None):
         # What the constant took away matters where logits are not only compared with each other.
         grouped = query.unflatten(1, (stored.key.shape[1], -1)).float()
-        constant = stored.constant.expand(query.shape[0], -1, -1)
+        constant = stored.constant[..., : query.shape[3]].expand(query.shape[0], -1, -1)
         logit_offset = scale * torch.einsum("bhgsd,bhd->bhgs", grouped, constant)
         logit_offset = logit_offset.flatten(1, 2).contiguous()
-    values, query_scale = rotate_quantize(query, dtype=stored.key.dtype, rotate=rotate)
+    values, query_scale = stored.query or rotate_quantize(
+        pad_heads(query, stored.key.shape[3]), dtype=stored.key.dtype, rotate=rotate
+    )
     output = attention_8bit(
         values,
         stored.key,

@@ -22,7 +22,7 @@ from .attention_operands import (
 from .decode_cache import DecodeLayer, Progress
 from .errors import UnsupportedError
 from .kernels.attention import BLOCK_SIZE
-from .kernels.rotate_quantize import rotate_quantize_into_cache
+from .kernels.quantize_step import quantize_step_into_cache
 
 # `attn_implementation` of each mode.
 ATTENTION_NAMES = {"fp8": "hadacore", "int8-fp8": "hadacore-int8-fp8"}
@@ -50,24 +50,25 @@ class NewTokens:
         self.layer = layer
         self.shape = key.shape
         self.value_dim = value.shape[-1]
-        size = padded_size(max(key.shape[-1], value.shape[-1]))
-        self.key, self.value = pad_heads(key, size), pad_heads(value, size)
+        self._size = padded_size(max(key.shape[-1], value.shape[-1]))
+        self.key, self.value = pad_heads(key, self._size), pad_heads(value, self._size)
 
     @property
     def are_first(self) -> bool:
         """Whether the layer is empty."""
         return self.layer.length == 0
 
-    def store(self, is_token: torch.Tensor | None) -> QuantizedKeyValue:
+    def store(self, query: torch.Tensor, is_token: torch.Tensor | None) -> QuantizedKeyValue:
         """Put the tokens into the layer.
 
         Args:
+            query: ``[B, Hq, S, D]`` of the tokens, with heads like those of the keys.
             is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
 
         Returns:
             All keys and values that attention reads.
         """
-        return self.layer.store(self.key, self.value, is_token)
+        return self.layer.store(pad_heads(query, self._size), self.key, self.value, is_token)
 
     # Whatever else attention would do with a tensor ends here.
     @classmethod
@@ -101,6 +102,7 @@ class Cursor:
     def __init__(self, progress: Progress):
         self.progress = progress
         self._shape: tuple[Any, ...] = ()
+        self._where: tuple[Any, ...] = ()
 
     def place(self, column: int, first: int, batch: int, device: torch.device) -> None:
         """Set it, at an address that stays the same for a batch size and device."""
@@ -117,6 +119,17 @@ class Cursor:
         self.column.fill_(column)
         self.query_start.fill_(column)
         self.first.fill_(first)
+
+    def where(self, column: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`column` and `query_start` for a column that Python knows, made once for all layers."""
+        key = (column, batch, device)
+        if self._where[:3] != key:
+            tensors = (
+                torch.full((1,), column, dtype=torch.int64, device=device),
+                torch.full((batch,), column, dtype=torch.int32, device=device),
+            )
+            self._where = (*key, tensors)
+        return self._where[3]
 
 
 class HadaCoreLayer(DecodeLayer):
@@ -229,49 +242,40 @@ class HadaCoreLayer(DecodeLayer):
         return tokens, tokens
 
     def store(
-        self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor | None
     ) -> QuantizedKeyValue:
         """Quantize and add tokens.
 
         Args:
-            key, value: of one head size.
+            query, key, value: of one head size.
             is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
 
         Returns:
             What attention reads.
         """
         self.prefetch()
-        stored = self._append(key, value) if self.length else self._store_first(key, value, is_token)
+        if self.length:
+            stored = self._append(query, key, value)
+        else:
+            stored = self._store_first(key, value, is_token)
         if self._offloads:
             # Attention still has them.
             self._move("cpu")
             self._offloads = False
         return stored
 
-    def _append(self, key: torch.Tensor, value: torch.Tensor) -> QuantizedKeyValue:
+    def _append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QuantizedKeyValue:
         tokens = key.shape[2]
         if self.progress.decoding:
             column, query_start = self.cursor.column, self.cursor.query_start
         else:
             self._make_room(tokens)
             start = self.length - self.first
-            column = torch.full((1,), start, dtype=torch.int64, device=key.device)
-            query_start = torch.full((key.shape[0],), start, dtype=torch.int32, device=key.device)
-        rotate_quantize_into_cache(key, self.keys, self.key_scale, column, offset=self.constant)
-        rotate_quantize_into_cache(
-            value,
-            self.values,
-            self.value_scale,
-            column,
-            rotate=False,
-            transpose=True,
-            interleave=True,
-            power_of_2=True,
-        )
+            column, query_start = self.cursor.where(start, key.shape[0], key.device)
+        buffers = (self.keys, self.values, self.key_scale, self.value_scale)
+        quantized = quantize_step_into_cache(query, key, value, *buffers, column, constant=self.constant)
         self.length += tokens
-        return QuantizedKeyValue(
-            self.keys, self.values, self.key_scale, self.value_scale, self.constant, query_start
-        )
+        return QuantizedKeyValue(*buffers, self.constant, query_start, quantized)
 
     def _store_first(
         self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor | None

@@ -103,8 +103,9 @@ def test_what_is_stored(small_buffers, dtype, window, chunks):
     for chunk in chunks:
         start = layer.length
         size, first = layer.get_mask_sizes(chunk)
-        new, _ = layer.update(*(x[:, :, start : start + chunk] for x in (key, value)))
-        stored = new.store(None)
+        new_key, new_value = (x[:, :, start : start + chunk] for x in (key, value))
+        new, _ = layer.update(new_key, new_value)
+        stored = new.store(new_key, None)
         assert layer.get_seq_length() == start + chunk
         # What masks are made for is what attention gets, at least.
         assert first + size == start + chunk
@@ -125,11 +126,11 @@ def test_padding_is_not_in_the_constant():
     key, value = states(2, 12)
     is_token = torch.ones(2, 12, dtype=torch.bool)
     is_token[1, :5] = False
-    layer.update(key, value)[0].store(is_token)
+    layer.update(key, value)[0].store(key, is_token)
     torch.testing.assert_close(layer.constant[0], key[0].float().mean(1))
     torch.testing.assert_close(layer.constant[1], key[1, :, 5:].float().mean(1))
     nothing = make_layer()
-    nothing.update(key, value)[0].store(torch.zeros(2, 12, dtype=torch.bool))
+    nothing.update(key, value)[0].store(key, torch.zeros(2, 12, dtype=torch.bool))
     assert torch.equal(nothing.constant, torch.zeros(2, HEADS, D))
 
 
@@ -314,7 +315,7 @@ def test_offloaded_layers_come_and_go(monkeypatch):
     new, _ = layer.update(key, value)
     layer.offload()
     assert moves == []  # not before what is on its way has arrived
-    new.store(None)
+    new.store(key, None)
     assert moves == ["cpu"]
     layer.device = torch.device("meta")  # where it will be wanted
     layer.prefetch()

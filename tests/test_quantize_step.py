@@ -68,6 +68,15 @@ def test_is_the_three_calls(dtype, options):
     assert_same(step, three)
 
 
+def test_dtypes_may_differ():
+    step, three = inputs(), inputs()
+    for arguments in (step, three):
+        arguments["q"], arguments["k"] = arguments["q"].half(), arguments["k"].float()
+    for ours, expected in zip(quantize_step_into_cache(**step), three_calls(**three), strict=True):
+        assert torch.equal(ours.float(), expected.float())
+    assert_same(step, three)
+
+
 @pytest.mark.parametrize("batch", [1, B])
 def test_each_sequence_has_its_position(batch):
     starts = [9, 2]
@@ -105,7 +114,7 @@ def test_refuses_what_does_not_fit():
     for wrong in (
         dict(q=good["q"][0]),
         dict(q=good["q"][:, :, :2]),
-        dict(q=good["q"].float()),
+        dict(q=good["q"].double()),
         dict(k=good["k"][..., :32]),
         dict(v=good["v"][:, :1]),
         dict(keys=good["keys"].float()),

@@ -44,7 +44,7 @@ def quantize_step_into_cache(
 
     Args:
         q: fp16, bf16 or fp32 ``[B, Hq, S, D]``, any strides, D even.
-        k, v: ``[B, Hkv, S, D]`` in the dtype of q, any strides.
+        k, v: fp16, bf16 or fp32 ``[B, Hkv, S, D]``, any strides.
         keys: torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8 ``[B, Hkv, capacity, D]``, contiguous.
         values: of the same dtypes ``[B, Hkv, D, capacity rounded up to a multiple of 16]``, contiguous.
         key_scale, value_scale: fp32 ``[B, Hkv, capacity]``, contiguous.
@@ -73,8 +73,7 @@ def _check(q, k, v, keys, values, key_scale, value_scale, position, constant, co
         and shape[3] > 0
         and shape[3] % 2 == 0
         and v.shape == shape
-        and q.dtype in _FLOATS
-        and k.dtype == v.dtype == q.dtype
+        and all(x.dtype in _FLOATS for x in (q, k, v))
         and room[:2] == shape[:2]
         and keys.shape == (*room, shape[3])
         and values.shape == (*room[:2], shape[3], whole_rows(room[2]))
@@ -111,11 +110,11 @@ def _check(q, k, v, keys, values, key_scale, value_scale, position, constant, co
         names = ("k", "v", "keys", "values", "key_scale", "value_scale", "position", "constant", "cos", "sin")
         found = [("q", q), *zip(names, rest, strict=True)]
         raise FormatError(
-            "expected, on one device, q [B, Hq, S, D] with even D, k and v [B, Hkv, S, D], all fp16, bf16 or "
-            f"fp32; contiguous 8-bit ({', '.join(map(str, LARGEST))}) keys [B, Hkv, capacity, D] and values "
-            "[B, Hkv, D, capacity rounded up to a multiple of 16]; contiguous fp32 key_scale and value_scale "
-            "[B, Hkv, capacity]; position int64 [1] or int32 [B]; constant fp32 [B or 1, Hkv, D] or none; "
-            "both or neither of cos and sin, floating point [B or 1, S, D or D/2]; found "
+            "expected, on one device, q [B, Hq, S, D] with even D, k and v [B, Hkv, S, D], each fp16, bf16 "
+            "or fp32; contiguous keys [B, Hkv, capacity, D] and values [B, Hkv, D, capacity rounded up to a "
+            f"multiple of 16], each of one of {', '.join(map(str, LARGEST))}; contiguous fp32 key_scale and "
+            "value_scale [B, Hkv, capacity]; position int64 [1] or int32 [B]; constant fp32 [B or 1, Hkv, D] "
+            "or none; both or neither of cos and sin, floating point [B or 1, S, D or D/2]; found "
             + ", ".join(
                 f"{name} {t.dtype} {tuple(t.shape)} on {t.device}" for name, t in found if t is not None
             )
