@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention_operands import MODES, VALUE_DTYPE, padded_size
 from .decode_cache import bucket
 from .experts import HadaCoreExperts
 from .fusion import FusedAttention, FusedMlp, FusedNorm
@@ -20,6 +21,7 @@ from .fusion_probes import NormFormula
 from .kernels import w4a16_experts
 from .kernels.launcher import on_device
 from .kernels.w4a16_launch import Product, compile_product, processors_of
+from .kv_cache import attention_mode
 from .linear_group import products_of
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -112,14 +114,22 @@ def _of_attention(
     device, dtype = q.weight.device, q.weight_scale.dtype
     heads = (q.out_features // module.head_dim, k.out_features // module.head_dim)  # type: ignore[operator]
     shape = (*heads, module.head_dim, dtype)
+    mode = attention_mode(config)
     for m in tokens:
-        if m == 1:
+        if m == 1 and mode is None:
             yield device, (_rope, (*shape, module.formula.norm, m, _CACHE_SIZES[0]))
         else:
             # Whether the number of tokens is a multiple of 16 makes another kernel.
-            yield from ((device, (_rope, (*shape, module.formula.norm, n, None))) for n in (m, m - 1))
-    if 1 in tokens and config._attn_implementation == "sdpa" and dtype in _DTYPES:
+            sizes = (m, m - 1) if m > 1 else (m,)
+            yield from ((device, (_rope, (*shape, module.formula.norm, n, None))) for n in sizes)
+    if 1 not in tokens or dtype not in _DTYPES:
+        return
+    if config._attn_implementation == "sdpa":
         yield from ((device, (_decode_attention, (*shape, size, device))) for size in _CACHE_SIZES)
+    elif mode is not None:
+        has_window = bool(getattr(module, "sliding_window", None))
+        for size in _CACHE_SIZES:
+            yield device, (_quantized_attention, (*shape, size, device, MODES[mode], has_window))
 
 
 _meta = partial(torch.empty, device="meta")
@@ -180,3 +190,52 @@ def _decode_attention(
     out = _meta(1, 1, heads, d, dtype=dtype)
     arrived = _meta(key_heads, dtype=torch.int32) if splits > 1 else out
     launch(query, keys, keys, mask, None, out, arrived, splits, has_pdl(device))
+
+
+def _quantized_attention(
+    heads: int,
+    key_heads: int,
+    d: int,
+    dtype: torch.dtype,
+    size: int,
+    device: torch.device,
+    key_dtype: torch.dtype,
+    has_window: bool,
+) -> None:
+    """A step of 8-bit attention without softcap and sinks, with masks as `generate` makes them."""
+    from .kernels import attention_triton, quantize_step_triton
+    from .kernels.attention_schedules import choose
+    from .kernels.rotate_quantize import SMALLEST_MAXIMUM
+    from .kernels.rotate_quantize_checks import LARGEST
+
+    d, index = padded_size(d), device.index or 0
+    capability = attention_triton._capability(index)
+    if d not in attention_triton.HEAD_DIMS or capability < (8, 9):
+        return
+    q, k = (_meta(1, 1, n, d, dtype=dtype).transpose(1, 2) for n in (heads, key_heads))
+    query, query_scale = _meta(1, heads, 1, d, dtype=key_dtype), _meta(1, heads, 1)
+    keys = _meta(1, key_heads, size, d, dtype=key_dtype)
+    values = _meta(1, key_heads, d, size, dtype=VALUE_DTYPE)
+    scale = _meta(1, key_heads, size)
+    if quantize_step_triton.fits(q):
+        quantize_step_triton.launch(
+            *(q, k, k, keys, values, scale, scale, _meta(1, dtype=torch.int64), query, query_scale),
+            largest_key=LARGEST[key_dtype],
+            largest_value=LARGEST[VALUE_DTYPE],
+            smallest=SMALLEST_MAXIMUM,
+            constant=_meta(1, key_heads, d),
+        )
+    start = _meta(1, dtype=torch.int32)
+    attention_triton.launch(
+        *(query, keys, values, query_scale, scale, scale, _meta(1, 1, heads, d, dtype=dtype)),
+        scale=1.0,
+        is_causal=True,
+        window=int(has_window),
+        softcap=0.0,
+        key_start=start,
+        key_end=None,
+        query_start=start,
+        sinks=None,
+        logit_offset=None,
+        schedule=choose(1, heads, key_heads, 1, size, d, processors_of(index), capability),
+    )

@@ -8,16 +8,28 @@ from tiny_models import MOE, TINY_CONFIGS
 from transformers import AutoModelForCausalLM, StaticCache
 
 pytest.importorskip("triton")
-from hf_hadacore import HadaCoreConfig, HadaCoreLinear, compile_ahead, decode_attention, tile_order
+from hf_hadacore import (
+    HadaCoreCache,
+    HadaCoreConfig,
+    HadaCoreLinear,
+    compile_ahead,
+    decode_attention,
+    tile_order,
+)
 from hf_hadacore.experts import HadaCoreExperts
 from hf_hadacore.fusion import fuse, joined_layers
 from hf_hadacore.kernels import (
+    attention,
+    attention_triton,
     decode_attention_triton,
     gated_activation,
     launcher,
     pointwise_triton,
+    quantize_step,
+    quantize_step_triton,
     rms_norm,
     rope,
+    rotate_quantize,
     w4a16_experts,
     w4a16_launch,
     w4a16_routing,
@@ -26,8 +38,9 @@ from hf_hadacore.kernels import (
 from hf_hadacore.kernels.w4a16_tiles import is_tileable
 
 MODULES = (
-    compile_ahead, decode_attention, decode_attention_triton, gated_activation, launcher, pointwise_triton,
-    rms_norm, rope, tile_order, w4a16_experts, w4a16_launch, w4a16_routing, w4a16_tiled,
+    attention, attention_triton, compile_ahead, decode_attention, decode_attention_triton, gated_activation,
+    launcher, pointwise_triton, quantize_step, quantize_step_triton, rms_norm, rope, rotate_quantize,
+    tile_order, w4a16_experts, w4a16_launch, w4a16_routing, w4a16_tiled,
 )  # fmt: skip
 
 
@@ -61,6 +74,9 @@ class Launched:
             "prefers_tiles": lambda device, n, k, group_size: is_tileable(n, k),
             "_capability": lambda index: (9, 0),
             "_has_kernels": lambda device: True,
+            "_has_fp8": lambda device: True,
+            "_knows": lambda x, dtype: True,
+            "fits": lambda *tensors, **options: True,
         }
         for module in MODULES:
             for name, stub in stubs.items():
@@ -86,8 +102,7 @@ class Launched:
                     tensor.zero_()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", *MOE])
-def test_what_a_call_launches_is_compiled_ahead(monkeypatch, tmp_path, name):
+def int4_model(name, path, dtype=torch.float16):
     config = TINY_CONFIGS[name]()
     config.update(
         dict(
@@ -96,18 +111,24 @@ def test_what_a_call_launches_is_compiled_ahead(monkeypatch, tmp_path, name):
         )
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float16, quantization_config=HadaCoreConfig(group_size=128)
+        path, dtype=dtype, quantization_config=HadaCoreConfig(group_size=128)
     ).eval()
     fuse(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", *MOE])
+def test_what_a_call_launches_is_compiled_ahead(monkeypatch, tmp_path, name):
+    model = int4_model(name, tmp_path)
     launched = Launched(monkeypatch)
     for module in model.modules():
         if isinstance(module, HadaCoreLinear | HadaCoreExperts):
             module.prepare()
     compile_ahead.compile_ahead(model, joined_layers(model), (1, 128))
     assert launched.ahead and not launched.called
-    cache = StaticCache(config, 256)
+    cache = StaticCache(model.config, 256)
     with torch.no_grad():
         for tokens in (128, 117):
             model(torch.zeros(1, tokens, dtype=torch.int64), logits_to_keep=1)
@@ -118,3 +139,25 @@ def test_what_a_call_launches_is_compiled_ahead(monkeypatch, tmp_path, name):
     assert {key[0] for key in launched.ahead - launched.called} <= {"_decode_attention_kernel"}
     called = {key[0] for key in launched.called}
     assert {"skinny_kernel", "wide_kernel"} <= called and (name not in MOE or "experts_kernel" in called)
+
+
+@pytest.mark.parametrize("implementation", ["hadacore", "hadacore-int8-fp8"])
+def test_steps_of_8_bit_attention(monkeypatch, tmp_path, implementation):
+    # On the CPU rotations of fp16 have the kernel of the interpreter.
+    model = int4_model("llama", tmp_path, torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    cache = HadaCoreCache(model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.int64), past_key_values=cache)
+        launched = Launched(monkeypatch)
+        for module in model.modules():
+            if isinstance(module, HadaCoreLinear):
+                module.prepare()
+        compile_ahead.compile_ahead(model, joined_layers(model), (1,))
+        assert launched.ahead and not launched.called
+        starts = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+        model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, attention_mask=starts)
+    assert not launched.called - launched.ahead
+    called = {key[0] for key in launched.called}
+    assert {"_quantize_step_kernel", "_attention_kernel"} <= called
+    assert {key[0] for key in launched.ahead - launched.called} <= {"_attention_kernel"}
