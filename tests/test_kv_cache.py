@@ -121,6 +121,21 @@ def test_what_is_stored(small_buffers, dtype, window, chunks):
         assert layer.size < sum(chunks)
 
 
+def test_layers_share_what_says_where_tokens_go():
+    progress = Progress()
+    cursor = Cursor(progress)
+    layers = [HadaCoreLayer(None, progress, cursor, i == 0, torch.int8) for i in range(2)]
+    key, value = states(2, 9)
+    starts = []
+    for chunk in (slice(0, 5), slice(5, 6), slice(6, 9)):
+        new = [key[:, :, chunk], value[:, :, chunk]]
+        stored = [layer.update(*new)[0].store(new[0], None) for layer in layers]
+        assert stored[0].query_start is stored[1].query_start
+        if chunk.start:
+            starts.append(stored[0].query_start.tolist())
+    assert starts == [[5, 5], [6, 6]]
+
+
 def test_padding_is_not_in_the_constant():
     layer = make_layer()
     key, value = states(2, 12)
