@@ -150,7 +150,8 @@ def test_many_slots_of_experts(tmp_path):
         else:
             constants |= dict(SLOTS=kind.slots, GROUPS=1)
         asm = compile_tall(kernel, torch.bfloat16, symmetric, is_grouped=True, **constants)
-        check_memory(asm, tmp_path, 1)
+        # Whole words of scales and zeros take more registers in prefill, and measured faster.
+        check_memory(asm, tmp_path, 1, stack=16 if kernel is wide_kernel else 48)
         check_products_go_on(asm)
         # The blocks are known only when the kernel that made them has ended.
         assert asm["ptx"].index("griddepcontrol.wait") < asm["ptx"].index("ld.global")
@@ -172,7 +173,8 @@ def test_sorting_slots(tmp_path, index, rows):
 @pytest.mark.parametrize("dtype, symmetric, groups, split", VARIANTS)
 def test_prefill(tmp_path, dtype, symmetric, groups, split):
     asm = compile_tall(prefill_kernel, dtype, symmetric, BM=128, SPLIT_K=split, SLOTS=4, GROUPS=groups)
-    # With a split, sums of one half wait in local memory while those of the other are exchanged.
-    check_memory(asm, tmp_path, groups, stack=16 if split == 1 else 512)
+    # Words of scales and zeros: see above. With a split, sums of one half wait in local memory while those of
+    # the other are exchanged.
+    check_memory(asm, tmp_path, groups, stack=48 if split == 1 else 512)
     assert "wgmma.mma_async.sync.aligned.m64n128k16" in asm["ptx"]
     check_products_go_on(asm)

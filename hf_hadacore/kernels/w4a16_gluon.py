@@ -172,6 +172,42 @@ def load_groups(p_values, o_rows, first, s_group, m, GROUPS: gl.constexpr, ABSEN
 
 
 @gluon.jit
+def load_group_words(p_values, o_rows, first, s_group, m, GROUPS: gl.constexpr, ABSENT: gl.constexpr):
+    """As `load_groups`, but the 32-bit words that the values are in; see `value_of_word`.
+
+    The assembler packs narrower values with others into one register as soon as they are loaded: it waits for
+    them there, however much later they are used.
+    """
+    values = ()
+    if p_values is None or GROUPS == 0:
+        values += (ABSENT,)
+    else:
+        PER_WORD: gl.constexpr = 32 // p_values.dtype.element_ty.primitive_bitwidth
+        p_words = p_values.to(gl.pointer_type(gl.int32), bitcast=True)
+        for i in gl.static_range(GROUPS):
+            p_group = p_words + (first + i).to(gl.int64) * (s_group // PER_WORD)
+            values += (gl.load(p_group + o_rows // PER_WORD, mask=m, other=0),)
+    return values
+
+
+@gluon.jit
+def value_of_word(b_word, o_rows, dtype: gl.constexpr):
+    """A row's value of `load_group_words`; 8-bit integers as int32.
+
+    o_rows may differ from those that were loaded by multiples of 4.
+    """
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    if BITS == 32:
+        return b_word.to(dtype, bitcast=True)
+    else:
+        b_value = b_word >> o_rows % (32 // BITS) * BITS
+        if BITS == 8:
+            return b_value & 0xFF
+        else:
+            return b_value.to(gl.int16).to(dtype, bitcast=True)
+
+
+@gluon.jit
 def store_sum(
     b_acc,
     first_n,

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .w4a16_gluon import (
     block_of_expert,
     launch_dependents,
+    load_group_words,
     operand_32,
     operand_64,
     place_of_program,
@@ -26,6 +27,7 @@ from .w4a16_gluon import (
     split_words,
     store_rows,
     store_sum,
+    value_of_word,
     wait_for_previous,
     words_layout,
     zero_constants,
@@ -34,7 +36,6 @@ from .w4a16_wide import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     UNSPECIALIZED,
-    load_tile,
     produce,
 )
 
@@ -43,10 +44,19 @@ _SMALLEST_SCALE = gl.constexpr(2.0**-96)
 
 
 @gluon.jit
-def _change_unit(b_acc, b_unit, b_scales, part: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr):
+def _change_unit(
+    b_acc,
+    b_unit,
+    b_scales,
+    part: gl.constexpr,
+    PARTS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SCALE: gl.constexpr,
+):
     """The sum in units of the scale of a part's group, and that scale; nothing to do within a group."""
     if GROUPS > 0 and part * GROUPS % PARTS == 0:
-        b_scale = b_scales[part * GROUPS // PARTS].to(gl.float32)
+        o_row = gl.arange(0, 64, layout=b_unit.type.layout)
+        b_scale = value_of_word(b_scales[part * GROUPS // PARTS], o_row, SCALE).to(gl.float32)
         b_scale = gl.where(gl.abs(b_scale) < _SMALLEST_SCALE, b_unit, b_scale)
         # Rounded correctly: a bias of the quick division would add up over hundreds of groups.
         b_acc *= gl.expand_dims(gl.div_rn(b_unit, b_scale), 1)
@@ -63,6 +73,7 @@ def _operand(
     PARTS: gl.constexpr,
     GROUPS: gl.constexpr,
     HAS_ZERO: gl.constexpr,
+    SCALE: gl.constexpr,
     A: gl.constexpr,
     dtype: gl.constexpr,
 ):
@@ -71,32 +82,47 @@ def _operand(
     i_group: gl.constexpr = part * GROUPS // PARTS
     b_quarters = split_words(b_words)
     if HAS_ZERO:
-        b_zero = b_zeros[i_group].to(gl.int32)
+        b_zero = value_of_word(
+            b_zeros[i_group], gl.arange(0, 64, layout=gl.SliceLayout(1, QUARTER)), gl.uint8
+        )
     else:
         b_zero = gl.full((64,), 8, gl.int32, layout=gl.SliceLayout(1, QUARTER))
     b_constants = zero_constants(b_zero, dtype)
     if PARTS == 4:
         b_q = gl.convert_layout(b_quarters[part], QUARTER)
         if GROUPS > 0:
-            b_q = _without_tiny(b_q, b_scales[i_group], b_zero)
+            b_q = _without_tiny(b_q, b_scales[i_group], b_zero, SCALE)
         return operand_32(b_q, b_constants, dtype, A)
     else:
         b_q = gl.convert_layout(b_quarters[2 * part], QUARTER)
         b_next = gl.convert_layout(b_quarters[2 * part + 1], QUARTER)
         if GROUPS > 0:
-            b_q = _without_tiny(b_q, b_scales[i_group], b_zero)
-            b_next = _without_tiny(b_next, b_scales[i_group], b_zero)
+            b_q = _without_tiny(b_q, b_scales[i_group], b_zero, SCALE)
+            b_next = _without_tiny(b_next, b_scales[i_group], b_zero, SCALE)
         return operand_64(b_q, b_next, b_constants, dtype, A)
 
 
 @gluon.jit
-def _without_tiny(b_q, b_scale, b_z):
+def _without_tiny(b_q, b_scale, b_z, SCALE: gl.constexpr):
     """Words whose nibbles all are z where the scale is as good as 0."""
+    b_scale = value_of_word(b_scale, gl.arange(0, 64, layout=b_scale.type.layout), SCALE)
     b_scale = gl.convert_layout(b_scale.to(gl.float32), gl.SliceLayout(1, b_q.type.layout))
     m = gl.expand_dims(gl.abs(b_scale) < _SMALLEST_SCALE, 1)
     m, b_q = gl.broadcast(m, b_q)
     b_z, b_q = gl.broadcast(gl.expand_dims(b_z * 0x11111111, 1), b_q)
     return gl.where(m, b_z, b_q)
+
+
+@gluon.jit
+def _load_tile(
+    p_tiles, o_words, p_scale, o_scale, p_zero, o_zero, first, i, count, s_group, GROUPS: gl.constexpr
+):
+    """The words of tile i of 64 rows, and of its scales and zeros."""
+    m = i < count
+    b_words = gl.load(p_tiles + o_words + i * 1024, mask=m, other=0)
+    b_scales = load_group_words(p_scale, o_scale, (first + i) * GROUPS, s_group, m, GROUPS, 1.0)
+    b_zeros = load_group_words(p_zero, o_zero, (first + i) * GROUPS, s_group, m, GROUPS, 8)
+    return b_words, b_scales, b_zeros
 
 
 @gluon.jit
@@ -136,6 +162,7 @@ def _consume(
     QUARTER: gl.constexpr = quarter_layout(64, 4)
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     HAS_ZERO: gl.constexpr = p_zero is not None
+    SCALE: gl.constexpr = p_scale.dtype.element_ty
     PARTS: gl.constexpr = 4 if GROUPS == 4 else 2
     WIDTH: gl.constexpr = 128 // PARTS
 
@@ -155,7 +182,7 @@ def _consume(
     o_zero_0 = gl.minimum(o_zero, N - 1)
     o_zero_1 = gl.minimum(o_zero + 64, N - 1)
 
-    b_words_0, b_scales_0, b_zeros_0 = load_tile(
+    b_words_0, b_scales_0, b_zeros_0 = _load_tile(
         p_tiles_0,
         o_words,
         p_scale,
@@ -167,9 +194,8 @@ def _consume(
         count,
         s_group,
         GROUPS,
-        "",
     )
-    b_words_1, b_scales_1, b_zeros_1 = load_tile(
+    b_words_1, b_scales_1, b_zeros_1 = _load_tile(
         p_tiles_1,
         o_words,
         p_scale,
@@ -181,44 +207,43 @@ def _consume(
         count,
         s_group,
         GROUPS,
-        "",
     )
     if GROUPS == 0:
         if HAS_ZERO:
-            b_zeros_0 = (gl.load(p_zero + o_zero_0),)
-            b_zeros_1 = (gl.load(p_zero + o_zero_1),)
+            b_zeros_0 = load_group_words(p_zero, o_zero_0, gl.to_tensor(0), s_group, True, 1, 8)
+            b_zeros_1 = load_group_words(p_zero, o_zero_1, gl.to_tensor(0), s_group, True, 1, 8)
     b_sum_0 = gl.zeros((64, BM), gl.float32, layout=ACC)
     b_sum_1 = gl.zeros((64, BM), gl.float32, layout=ACC)
     b_unit_0 = gl.full((64,), 1.0, gl.float32, layout=ROWS)
     b_unit_1 = gl.full((64,), 1.0, gl.float32, layout=ROWS)
-    b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS)
-    b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS)
-    b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+    b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS, SCALE)
+    b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS, SCALE)
+    b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, SCALE, A, dtype)
     for i in range(count):
         # At any time the product of one half runs while the sum and the operand of the other are made ready.
         # None runs at the end of a turn: the assembler would not follow it around the loop.
         slot = i % SLOTS
         x = s_x.index(slot)
-        b_next_0, b_next_scales_0, b_next_zeros_0 = load_tile(
-            p_tiles_0, o_words, p_scale, o_scale_0, p_zero, o_zero_0, first, i + 1, count, s_group, GROUPS, ""
+        b_next_0, b_next_scales_0, b_next_zeros_0 = _load_tile(
+            p_tiles_0, o_words, p_scale, o_scale_0, p_zero, o_zero_0, first, i + 1, count, s_group, GROUPS
         )
-        b_next_1, b_next_scales_1, b_next_zeros_1 = load_tile(
-            p_tiles_1, o_words, p_scale, o_scale_1, p_zero, o_zero_1, first, i + 1, count, s_group, GROUPS, ""
+        b_next_1, b_next_scales_1, b_next_zeros_1 = _load_tile(
+            p_tiles_1, o_words, p_scale, o_scale_1, p_zero, o_zero_1, first, i + 1, count, s_group, GROUPS
         )
         mbarrier.wait(s_full.index(slot), (i // SLOTS) & 1)
         b_x = x.slice(0, WIDTH, dim=1).permute((1, 0))
         b_acc_0 = warpgroup_mma(b_a_0, b_x, b_sum_0, is_async=True)
-        b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+        b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, 0, PARTS, GROUPS, HAS_ZERO, SCALE, A, dtype)
         b_acc_1 = warpgroup_mma(b_a_1, b_x, b_sum_1, is_async=True)
         for part in gl.static_range(1, PARTS):
             b_x = x.slice(part * WIDTH, WIDTH, dim=1).permute((1, 0))
             b_sum_0, b_a_0 = warpgroup_mma_wait(1, deps=(b_acc_0, b_a_0))
-            b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, part, PARTS, GROUPS)
-            b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, part, PARTS, GROUPS, HAS_ZERO, A, dtype)
+            b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, part, PARTS, GROUPS, SCALE)
+            b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, part, PARTS, GROUPS, HAS_ZERO, SCALE, A, dtype)
             b_acc_0 = warpgroup_mma(b_a_0, b_x, b_sum_0, is_async=True)
             b_sum_1, b_a_1 = warpgroup_mma_wait(1, deps=(b_acc_1, b_a_1))
-            b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, part, PARTS, GROUPS)
-            b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, part, PARTS, GROUPS, HAS_ZERO, A, dtype)
+            b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, part, PARTS, GROUPS, SCALE)
+            b_a_1 = _operand(b_words_1, b_scales_1, b_zeros_1, part, PARTS, GROUPS, HAS_ZERO, SCALE, A, dtype)
             b_acc_1 = warpgroup_mma(b_a_1, b_x, b_sum_1, is_async=True)
         b_words_0, b_words_1 = b_next_0, b_next_1
         if GROUPS > 0:
@@ -226,10 +251,10 @@ def _consume(
             if HAS_ZERO:
                 b_zeros_0, b_zeros_1 = b_next_zeros_0, b_next_zeros_1
         b_sum_0, b_a_0 = warpgroup_mma_wait(1, deps=(b_acc_0, b_a_0))
-        b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS)
-        b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, A, dtype)
+        b_sum_0, b_unit_0 = _change_unit(b_sum_0, b_unit_0, b_scales_0, 0, PARTS, GROUPS, SCALE)
+        b_a_0 = _operand(b_words_0, b_scales_0, b_zeros_0, 0, PARTS, GROUPS, HAS_ZERO, SCALE, A, dtype)
         b_sum_1, b_a_1 = warpgroup_mma_wait(0, deps=(b_acc_1, b_a_1))
-        b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS)
+        b_sum_1, b_unit_1 = _change_unit(b_sum_1, b_unit_1, b_scales_1, 0, PARTS, GROUPS, SCALE)
         mbarrier.arrive(s_empty.index(slot), count=1)
 
     if GROUPS == 0:
