@@ -141,9 +141,15 @@ def check_graph(key_dtype: torch.dtype) -> int:
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    sanitize_only: Annotated[
+        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
+    ] = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
+    if sanitize_only:
+        assert all(check(variant) <= 1 for variant in VARIANTS[:2])
+        return print("sanitize: steps of two variants ran")
     report = about_this_run("python scripts/check_quantize_step_gpu.py")
     outcomes = dict(zip(map(str, VARIANTS), in_processes(check, VARIANTS), strict=True))
     bad = [

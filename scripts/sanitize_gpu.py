@@ -36,6 +36,8 @@ SCRIPTS = (
     "check_hadamard_gpu.py",
     "check_rotate_quantize_gpu.py",
     "check_attention_gpu.py",
+    "check_key_mean_gpu.py",
+    "check_quantize_step_gpu.py",
 )
 TOOLS = ("memcheck", "racecheck")
 CONTROL = """
