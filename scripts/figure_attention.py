@@ -156,3 +156,55 @@ def attention_long_context() -> str:
         )
     header = ["relative L2 (of the emulation)", *(f"V ~ N({mean:.0f}, 1), {keys}" for mean, keys in columns)]
     return f"{table(header, rows)}\n\n{source(result)}"
+
+
+@block
+def attention_quality() -> str:
+    """Perplexity with 8-bit attention, each recipe beside the one before; weights are not quantized."""
+    result = read_results("attention_quality")
+    parts = []
+    for model in result["models"].values():
+        rows = [["bf16", f"{model['baseline_perplexity']:.2f}", "", ""]]
+        for variant in model["variants"]:
+            over, gain = variant["over_baseline"], variant.get("gain_over_the_one_before")
+            rows.append(
+                [
+                    variant["attention"],
+                    f"{variant['perplexity']:.2f}",
+                    _with_error(over),
+                    "" if gain is None else _with_error(gain),
+                ]
+            )
+        title = f"{model['title']} ({model['origin']}; {model['tokens']:,} tokens)"
+        header = [title, "perplexity", "nats per token over bf16", "gain over the line above"]
+        parts.append(table(header, rows))
+    note = "Mean ± standard error of paired windows."
+    return "\n\n".join([*parts, f"{note} {source(result)}"])
+
+
+def _with_error(difference: dict[str, float]) -> str:
+    return f"{difference['nll']:+.4f} ± {difference['standard_error']:.4f}"
+
+
+@block
+def attention_generate() -> str:
+    """Decoding steps of a whole model behind a long context, and the memory of its cache."""
+    result = read_results("attention_generate")
+    parts, memory = result["results"]["speed"], result["results"]["memory"]
+    names = {"sdpa": "bf16 cache", "hadacore": "fp8", "hadacore-int8-fp8": "int8-fp8"}
+    rows = []
+    for batch in (1, 8):
+        row = parts[f"batch_{batch}"]
+        cells = []
+        for name in names:
+            faster = "" if name == "sdpa" else f", {row['speedup'][name]:.2f}x"
+            cells.append(
+                f"{row['ms_per_step'][name]:.2f} ms, {row['tokens_per_second'][name]:.0f} tok/s{faster}"
+            )
+        rows.append([f"batch {batch}", *cells])
+    header = ["Llama-3-8B shapes, int4 weights, one token behind 32k", *names.values()]
+    note = (
+        f"A cache of {memory['tokens']} tokens takes {memory['bytes'] / 2**30:.2f} GiB, in bf16 "
+        f"{memory['bf16_bytes'] / 2**30:.2f}."
+    )
+    return f"{table(header, rows)}\n\n{note} {source(result)}"
