@@ -28,6 +28,7 @@ def compile_attention(
     per_token: bool = False,
     softcap: bool = False,
     options: bool = False,
+    keys: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict:
     element = "i8" if int8 else "fp8e4nv"
@@ -51,7 +52,7 @@ def compile_attention(
     arguments |= dict.fromkeys(sizes, "i32") | dict(scale="fp32", softcap="fp32")
     arguments |= dict(
         D=d,
-        WARPGROUPS=choose_warpgroups(d, not per_token and not softcap),
+        WARPGROUPS=choose_warpgroups(d, keys, not per_token and not softcap),
         SLOTS=SLOTS[d],
         KIND=(causal, per_token, softcap, int8),
     )
@@ -65,6 +66,7 @@ def compile_attention(
         (128, dict(int8=True, causal=False)),
         (128, dict(per_token=True, options=True, dtype=torch.float16)),
         (64, {}),
+        (64, dict(keys=16384)),
         (64, dict(softcap=True, options=True)),
         (64, dict(int8=True, per_token=True)),
     ],
