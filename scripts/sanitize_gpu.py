@@ -7,7 +7,7 @@ first, side by side, because compiling under compute-sanitizer takes many times 
 
 racecheck does not follow how Triton hands work to the partitions of a warp-specialized kernel (a number in
 shared memory, between barriers) and reports it as a race. The control is a kernel with partitions that share
-nothing but values they were given: what is reported for it too, is Triton's. In attention of few queries racecheck
+nothing but values they were given: what is reported for it too, is Triton's. In attention of few queries it
 also reports threads that each hold a copy of one sum and store it to one place. With `--only`, the results of
 other scripts that the JSON file has are kept.
 """
