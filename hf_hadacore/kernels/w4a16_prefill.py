@@ -36,6 +36,7 @@ from .w4a16_wide import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     UNSPECIALIZED,
+    allocate_ring,
     produce,
 )
 
@@ -128,31 +129,20 @@ def _load_tile(
 @gluon.jit
 def _consume(
     i_warpgroup,
-    p_tiles,
-    p_scale,
-    p_zero,
-    p_slots,
-    p_bias,
-    p_out,
-    p_partials,
-    p_arrived,
-    s_x,
-    s_full,
-    s_empty,
-    M,
-    N,
-    k_tiles,
-    s_group,
-    i_n,
-    first_m,
-    i_tile,
-    i_k,
-    first,
-    count,
+    weights,
+    results,
+    ring,
+    sizes,
+    place,
     SPLIT_K: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
     """One warpgroup's 128 rows."""
+    p_tiles, p_scale, p_zero = weights
+    p_slots, p_bias, p_out, p_partials, p_arrived = results
+    s_x, s_full, s_empty = ring
+    M, N, k_tiles, s_group = sizes
+    i_n, first_m, i_tile, i_k, first, count = place
     SLOTS: gl.constexpr = s_x.shape[0]
     BM: gl.constexpr = s_x.shape[1]
     dtype: gl.constexpr = s_x.dtype
@@ -328,74 +318,16 @@ def prefill_kernel(
             p_zero += first_group
         if p_bias is not None:
             p_bias += expert * N
-
-    s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
-    s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    s_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(s_full.index(slot), count=1)
-        mbarrier.init(s_empty.index(slot), count=2)
+    ring = allocate_ring(d_x, BM, SLOTS)
+    weights = (p_tiles, p_scale, p_zero)
+    results = (p_slots, p_bias, p_out, p_partials, p_arrived)
+    sizes = (M, N, k_tiles, s_group)
+    place = (i_n, first_m, i_tile, i_k, first, count)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    0,
-                    p_tiles,
-                    p_scale,
-                    p_zero,
-                    p_slots,
-                    p_bias,
-                    p_out,
-                    p_partials,
-                    p_arrived,
-                    s_x,
-                    s_full,
-                    s_empty,
-                    M,
-                    N,
-                    k_tiles,
-                    s_group,
-                    i_n,
-                    first_m,
-                    i_tile,
-                    i_k,
-                    first,
-                    count,
-                    SPLIT_K,
-                    GROUPS,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    p_tiles,
-                    p_scale,
-                    p_zero,
-                    p_slots,
-                    p_bias,
-                    p_out,
-                    p_partials,
-                    p_arrived,
-                    s_x,
-                    s_full,
-                    s_empty,
-                    M,
-                    N,
-                    k_tiles,
-                    s_group,
-                    i_n,
-                    first_m,
-                    i_tile,
-                    i_k,
-                    first,
-                    count,
-                    SPLIT_K,
-                    GROUPS,
-                ),
-            ),
-            (produce, (d_x, s_x, s_full, s_empty, first_m, first, count)),
+            (_consume, (0, weights, results, ring, sizes, place, SPLIT_K, GROUPS)),
+            (_consume, (1, weights, results, ring, sizes, place, SPLIT_K, GROUPS)),
+            (produce, (d_x, ring, first_m, first, count)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

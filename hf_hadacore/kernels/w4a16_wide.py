@@ -80,10 +80,9 @@ def load_tile(
     count,
     s_group,
     GROUPS: gl.constexpr,
-    EVICTION: gl.constexpr,
 ):
     m = i < count
-    b_words = gl.load(p_tiles + o_words + i * 1024, mask=m, other=0, eviction_policy=EVICTION)
+    b_words = gl.load(p_tiles + o_words + i * 1024, mask=m, other=0, eviction_policy="evict_first")
     b_scales = load_groups(p_scale, o_scale, (first + i) * GROUPS, s_group, m, GROUPS, 1.0)
     b_zeros = load_groups(p_zero, o_zero, (first + i) * GROUPS, s_group, m, GROUPS, 8)
     return b_words, b_scales, b_zeros
@@ -122,32 +121,21 @@ def _multiply_tile(b_acc, b_operands, b_scales, s_x, s_full, s_empty, i, GROUPS:
 @gluon.jit
 def _consume(
     i_warpgroup,
-    p_tiles,
-    p_scale,
-    p_zero,
-    p_slots,
-    p_bias,
-    p_out,
-    p_partials,
-    p_arrived,
-    s_x,
-    s_full,
-    s_empty,
-    M,
-    N,
-    k_tiles,
-    s_group,
-    i_n,
-    first_m,
-    i_tile,
-    i_k,
-    first,
-    count,
+    weights,
+    results,
+    ring,
+    sizes,
+    place,
     SPLIT_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
     """One warpgroup's 64 rows."""
+    p_tiles, p_scale, p_zero = weights
+    p_slots, p_bias, p_out, p_partials, p_arrived = results
+    s_x, s_full, s_empty = ring
+    M, N, k_tiles, s_group = sizes
+    i_n, first_m, i_tile, i_k, first, count = place
     BM: gl.constexpr = s_x.shape[1]
     dtype: gl.constexpr = s_x.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -186,7 +174,6 @@ def _consume(
             count,
             s_group,
             GROUPS,
-            "evict_first",
         )
         b_words += (b_w,)
         b_scales += (b_s,)
@@ -215,7 +202,6 @@ def _consume(
                 count,
                 s_group,
                 GROUPS,
-                "evict_first",
             )
             b_acc = _multiply_tile(b_acc, b_operands, b_scales[stage], s_x, s_full, s_empty, i, GROUPS)
             next_words += (b_w,)
@@ -255,8 +241,21 @@ def _consume(
 
 
 @gluon.jit
-def produce(d_x, s_x, s_full, s_empty, first_m, first, count):
+def allocate_ring(d_x, BM: gl.constexpr, SLOTS: gl.constexpr):
+    """Room for SLOTS tiles of x, and the barriers that say which are filled and which are used."""
+    s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
+    s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    s_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(s_full.index(slot), count=1)
+        mbarrier.init(s_empty.index(slot), count=2)
+    return s_x, s_full, s_empty
+
+
+@gluon.jit
+def produce(d_x, ring, first_m, first, count):
     """Fetch tiles of x [BM, 128] into the ring."""
+    s_x, s_full, s_empty = ring
     SLOTS: gl.constexpr = s_x.shape[0]
     BYTES: gl.constexpr = s_x.shape[1] * 128 * 2
     wait_for_previous()
@@ -322,76 +321,16 @@ def wide_kernel(
             p_zero += first_group
         if p_bias is not None:
             p_bias += expert * N
-
-    s_x = gl.allocate_shared_memory(d_x.dtype, [SLOTS, BM, 128], d_x.layout)
-    s_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    s_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(s_full.index(slot), count=1)
-        mbarrier.init(s_empty.index(slot), count=2)
+    ring = allocate_ring(d_x, BM, SLOTS)
+    weights = (p_tiles, p_scale, p_zero)
+    results = (p_slots, p_bias, p_out, p_partials, p_arrived)
+    sizes = (M, N, k_tiles, s_group)
+    place = (i_n, first_m, i_tile, i_k, first, count)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    0,
-                    p_tiles,
-                    p_scale,
-                    p_zero,
-                    p_slots,
-                    p_bias,
-                    p_out,
-                    p_partials,
-                    p_arrived,
-                    s_x,
-                    s_full,
-                    s_empty,
-                    M,
-                    N,
-                    k_tiles,
-                    s_group,
-                    i_n,
-                    first_m,
-                    i_tile,
-                    i_k,
-                    first,
-                    count,
-                    SPLIT_K,
-                    STAGES,
-                    GROUPS,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    p_tiles,
-                    p_scale,
-                    p_zero,
-                    p_slots,
-                    p_bias,
-                    p_out,
-                    p_partials,
-                    p_arrived,
-                    s_x,
-                    s_full,
-                    s_empty,
-                    M,
-                    N,
-                    k_tiles,
-                    s_group,
-                    i_n,
-                    first_m,
-                    i_tile,
-                    i_k,
-                    first,
-                    count,
-                    SPLIT_K,
-                    STAGES,
-                    GROUPS,
-                ),
-            ),
-            (produce, (d_x, s_x, s_full, s_empty, first_m, first, count)),
+            (_consume, (0, weights, results, ring, sizes, place, SPLIT_K, STAGES, GROUPS)),
+            (_consume, (1, weights, results, ring, sizes, place, SPLIT_K, STAGES, GROUPS)),
+            (produce, (d_x, ring, first_m, first, count)),
         ],
         [4, 1],
         [_HALF_CONSUMER_REGISTERS if HALF else CONSUMER_REGISTERS, PRODUCER_REGISTERS],
