@@ -209,7 +209,7 @@ def _quantized_attention(
     from .kernels.rotate_quantize_checks import LARGEST
 
     d, index = padded_size(d), device.index or 0
-    capability = attention_triton._capability(index)
+    capability = attention_triton.capability(index)
     if d not in attention_triton.HEAD_DIMS or capability < (8, 9):
         return
     q, k = (_meta(1, 1, n, d, dtype=dtype).transpose(1, 2) for n in (heads, key_heads))

@@ -182,7 +182,7 @@ def test_schedules_fill_the_gpu():
 
 def test_what_fits(monkeypatch):
     def call(capability: tuple[int, int], d: int = 64, tokens: int = 3) -> bool:
-        monkeypatch.setattr(attention_triton, "_capability", lambda index: capability)
+        monkeypatch.setattr(attention_triton, "capability", lambda index: capability)
         problem = make_problem(2, 4, 2, tokens, 30, d)
         return fits(*(x.to("meta") for x in problem.tensors[:3]), **problem.options)
 

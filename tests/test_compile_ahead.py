@@ -72,9 +72,8 @@ class Launched:
             "arrival_counters": lambda device, count=1: torch.zeros(count, dtype=torch.int32, device=device),
             "has_pdl": lambda device: True,
             "prefers_tiles": lambda device, n, k, group_size: is_tileable(n, k),
-            "_capability": lambda index: (9, 0),
+            "capability": lambda index: (9, 0),
             "_has_kernels": lambda device: True,
-            "_has_fp8": lambda device: True,
             "_knows": lambda x, dtype: True,
             "fits": lambda *tensors, **options: True,
         }

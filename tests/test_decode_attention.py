@@ -124,7 +124,7 @@ def inputs(
 
 
 def test_what_fits(monkeypatch):
-    monkeypatch.setattr(decode_attention_triton, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(decode_attention_triton, "capability", lambda index: (9, 0))
     good = inputs(dtype=BF16)
     mask = good["mask"]
     assert fits(**good)
@@ -150,7 +150,7 @@ def test_what_fits(monkeypatch):
         good | {"mask": torch.zeros(3, 1, 1, 48, dtype=BF16)[..., ::2]},
     ):
         assert not fits(**bad)
-    monkeypatch.setattr(decode_attention_triton, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(decode_attention_triton, "capability", lambda index: (7, 5))
     assert not fits(**good)
 
 

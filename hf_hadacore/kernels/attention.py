@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FormatError, UnsupportedError
-from .launcher import goes_straight, on_device
+from .launcher import capability, goes_straight, on_device
 
 # Tokens that share a scale where scales are per block; also what a kernel multiplies at a time.
 BLOCK_SIZE = 128
@@ -360,11 +360,6 @@ def _kernel(name: str) -> ModuleType | None:
 
 
 @cache
-def _has_fp8(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@cache
 def _notify(reason: str) -> None:
     """Say once that the slow path is taken."""
     warnings.warn(f"HadaCore: 8-bit attention runs in plain torch, which is slow: {reason}", stacklevel=4)
@@ -408,7 +403,7 @@ def _cuda(
     )
     if mask is not None:
         _notify("a mask that is neither causal nor an interval of keys for each sequence")
-    elif _has_fp8(query.device):
+    elif capability(query.get_device()) >= (8, 9):
         for kernel in map(_kernel, _KERNELS):
             if kernel is not None and kernel.fits(query, key, value, **options):
                 out = torch.empty((batch, tokens, heads, d), dtype=out_dtype, device=query.device)

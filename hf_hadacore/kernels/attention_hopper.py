@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .launcher import run
+from .launcher import capability, run
 from .w4a16_launch import processors_of
 
 HEAD_DIMS = (64, 128)
@@ -20,9 +20,7 @@ SLOTS = {64: 6, 128: 4}
 
 @cache
 def _is_hopper(index: int) -> bool:
-    if torch.version.hip is not None or find_spec("triton.experimental.gluon") is None:
-        return False
-    return torch.cuda.get_device_capability(index) == (9, 0)
+    return find_spec("triton.experimental.gluon") is not None and capability(index) == (9, 0)
 
 
 def fits(

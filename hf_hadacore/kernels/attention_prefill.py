@@ -285,8 +285,7 @@ def attention_kernel(
     d_q: q [B heads queries, D], blocks of [64, D]; d_k: keys [B kv_heads keys, D], blocks of [BLOCK_N, D];
     d_v: values [B kv_heads D, keys rounded up to 16], blocks of [D, BLOCK_N]. KIND: whether the mask is
     causal; whether scales of keys and values are of tokens, [B kv_heads, keys], or of blocks, [B kv_heads,
-    blocks]; whether there is a softcap; whether q and keys are int8. scale
-    includes log2(e), as softcap does.
+    blocks]; whether there is a softcap; whether q and keys are int8. scale includes log2(e), as softcap does.
     """
     s_q = gl.allocate_shared_memory(d_q.dtype, [2 * WARPGROUPS, ROWS, D], d_q.layout)
     s_k = gl.allocate_shared_memory(d_k.dtype, [SLOTS, BLOCK_N, D], d_k.layout)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from .attention_schedules import Schedule, choose, combined_at_a_time, pack_of
-from .decode_attention_triton import _capability, combine
-from .launcher import has_pdl, power_of_2, run
+from .decode_attention_triton import combine
+from .launcher import capability, has_pdl, pdl_options, power_of_2, run
 from .pointwise_triton import prefetch_lines
 from .w4a16_launch import arrival_counters, processors_of
 
@@ -30,11 +30,7 @@ _LOG2_P = tl.constexpr(8.0)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _TINY = tl.constexpr(2.0**-126)
 
-# Triton's interpreter does not know the launch option.
-_OPTIONS: dict[bool, dict[str, Any]] = {
-    False: {"enable_fp_fusion": True},
-    True: {"enable_fp_fusion": True, "launch_pdl": True},
-}
+_OPTIONS = pdl_options(enable_fp_fusion=True)
 
 
 @triton.jit
@@ -295,26 +291,7 @@ def _attention_kernel(
     if SWAP:
         b_acc = tl.trans(b_acc)
     i_head = i_unit % UNITS * PACK
-    if SPLITS == 1:
-        _store_rows(
-            p_out,
-            p_sinks,
-            o_row,
-            i_b,
-            i_first,
-            i_head,
-            queries,
-            m_row,
-            b_acc,
-            b_max,
-            b_sum,
-            HEADS,
-            PACK,
-            D,
-            D_BLOCK,
-        )
-        return
-    if active == 1:
+    if SPLITS == 1 or active == 1:
         _store_rows(
             p_out,
             p_sinks,
@@ -391,7 +368,7 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options:
         and length_16 > 0
         and (max(length_16, query.shape[2]) + 128) * 256 < _MAX_SIZE
         and query.is_cuda
-        and _capability(query.get_device()) >= (8, 9)
+        and capability(query.get_device()) >= (8, 9)
     )
 
 
@@ -428,7 +405,7 @@ def launch(
     if schedule is None:
         index = query.get_device()
         sizes = (batch, heads, key_heads, queries, length, d)
-        schedule = choose(*sizes, processors_of(index), _capability(index))
+        schedule = choose(*sizes, processors_of(index), capability(index))
     rows, block, num_warps, num_stages, splits, is_swapped = schedule
     pack = pack_of(heads, key_heads, queries)
     units, tiles = batch * heads // pack, -(-pack * queries // rows)

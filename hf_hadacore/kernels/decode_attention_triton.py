@@ -10,14 +10,11 @@ by turns.
 Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ stride.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import on_device, power_of_2, run
+from .launcher import capability, on_device, pdl_options, power_of_2, run
 from .pointwise_triton import _prefetch
 from .w4a16_launch import arrival_counters, processors_of
 
@@ -29,17 +26,8 @@ _MAX_SPLITS = 32
 _COMBINED = 4096
 
 # Three stages are two buffers of 32 KiB of keys and values: the next block is on its way while one is worked
-# on. Triton's interpreter does not know the launch option.
-_OPTIONS: dict[bool, dict[str, Any]] = {
-    False: {"num_stages": 3, "enable_fp_fusion": True},
-    True: {"num_stages": 3, "enable_fp_fusion": True, "launch_pdl": True},
-}
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    """Of a device by NVIDIA's count; (0, 0) for others."""
-    return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
+# on.
+_OPTIONS = pdl_options(num_stages=3, enable_fp_fusion=True)
 
 
 @triton.jit
@@ -282,7 +270,7 @@ def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: to
         and query.stride(3) == 1
         and keys.is_contiguous()
         and values.is_contiguous()
-        and _capability(query.get_device()) >= (8, 0)
+        and capability(query.get_device()) >= (8, 0)
     ):
         return False
     return mask is None or (
@@ -323,7 +311,7 @@ def decode_attention(
     splits = choose_splits(batch * kv_heads, length, processors_of(index))
     with on_device(query.device):
         arrived = arrival_counters(query.device, batch * kv_heads) if splits > 1 else out
-        launch(query, keys, values, mask, scale, out, arrived, splits, _capability(index) >= (9, 0))
+        launch(query, keys, values, mask, scale, out, arrived, splits, capability(index) >= (9, 0))
     return out
 
 

@@ -11,12 +11,13 @@ import torch
 
 from ..hadamard_matrices import hadamard_matrix
 from . import hadamard_schedules as schedules
-from .launcher import has_pdl, run
+from .launcher import has_pdl, pdl_options, run
 from .rotate_quantize_checks import bits_of
 from .w4a16_launch import processors_of
 
 # Intermediate results of sizes that take several passes stay in the L2 cache: rows are transformed in groups.
 _WORKSPACE_BYTES = 1 << 24
+_OPTIONS = pdl_options()
 # Columns of a program of the passes over leading factors, and its warps.
 _COLUMNS, _COLUMN_WARPS = 64, 4
 # Of a program of `hadamard_hopper`, which is made for two groups of four.
@@ -203,9 +204,8 @@ def _run(
     num_warps: int,
 ) -> None:
     pdl = has_pdl(tensors[0].device) if tensors[0] is not None else False
-    # Triton's launcher for older GPUs does not know the option.
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    run(kernel, tensors, sizes, (*constants, pdl), (programs, 1, 1), num_warps=num_warps, **options)
+    constants = (*constants, pdl)
+    run(kernel, tensors, sizes, constants, (programs, 1, 1), num_warps=num_warps, **_OPTIONS[pdl])
 
 
 def _terms(x: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:

@@ -6,13 +6,11 @@ the last of them to arrive adds up what all have found, in an order that does no
 Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ stride.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import has_pdl, power_of_2, run
+from .launcher import has_pdl, pdl_options, power_of_2, run
 from .w4a16_launch import arrival_counters, processors_of
 
 _NUM_WARPS = 4
@@ -23,11 +21,7 @@ _PROGRAMS_PER_PROCESSOR = 4
 # fp32 values that a program has in registers when it adds up those of the splits.
 _COMBINED = 8192
 
-# Triton's interpreter does not know the launch option.
-_OPTIONS: dict[bool, dict[str, Any]] = {
-    False: {"enable_fp_fusion": True},
-    True: {"enable_fp_fusion": True, "launch_pdl": True},
-}
+_OPTIONS = pdl_options(enable_fp_fusion=True)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])

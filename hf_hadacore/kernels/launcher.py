@@ -87,6 +87,20 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 @cache
+def capability(index: int) -> tuple[int, int]:
+    """Of a CUDA device by NVIDIA's count; (0, 0) for others."""
+    return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
+
+
+def pdl_options(**options: Any) -> dict[bool, dict[str, Any]]:
+    """Options of `run`, by whether there is programmatic dependent launch.
+
+    Triton's interpreter, and its launcher for older GPUs, do not know the option for it.
+    """
+    return {False: options, True: options | {"launch_pdl": True}}
+
+
+@cache
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it has ended: programmatic dependent launch.
 

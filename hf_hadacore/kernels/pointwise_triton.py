@@ -9,24 +9,18 @@ Intermediate values are rounded where transformers' eager code rounds them. Pref
 registers, o_ offsets, m_ mask, i_ index, s_ stride.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import has_pdl, power_of_2, run
+from .launcher import has_pdl, pdl_options, power_of_2, run
 
 # Rows that are longer do not fit into one program.
 MAX_NORM_SIZE = 65536
 
 
 # A product and a sum contracted to one instruction would be rounded once where eager code rounds twice.
-# Triton's interpreter does not know the launch option.
-_OPTIONS: dict[bool, dict[str, Any]] = {
-    False: {"enable_fp_fusion": False},
-    True: {"enable_fp_fusion": False, "launch_pdl": True},
-}
+_OPTIONS = pdl_options(enable_fp_fusion=False)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ 
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..hadamard_matrices import hadamard_matrix
-from .launcher import has_pdl, run
+from .launcher import has_pdl, pdl_options, run
 from .rotate_quantize_checks import bits_of
 from .rotate_quantize_schedules import HOPPER_MEMORY, Schedule, choose
 from .rotate_quantize_tiles import (
@@ -313,11 +312,7 @@ def launch(
     launch_step(maximum, values)
 
 
-# Triton's interpreter does not know the launch option.
-OPTIONS: dict[bool, dict[str, Any]] = {
-    False: {"enable_fp_fusion": True},
-    True: {"enable_fp_fusion": True, "launch_pdl": True},
-}
+OPTIONS = pdl_options(enable_fp_fusion=True)
 
 
 def _processors(device: torch.device) -> int:

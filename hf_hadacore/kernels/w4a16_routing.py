@@ -6,14 +6,15 @@ f(e) slots of experts before e, the blocks of e begin at place f(e) // BM + e. T
 (f + c) // BM + 1 >= f // BM + ceil(c / BM) for its c slots; what is left are blocks without slots.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import run
+from .launcher import pdl_options, run
 
+_OPTIONS = pdl_options()
 # Slots that a program looks at together.
 _BLOCK = 4096
 _NUM_WARPS = 16
@@ -54,7 +55,6 @@ def sort_slots(
     order = empty(slots)
     rows = order if slots_per_row == 1 else empty(slots)
     routing = Routing(empty(slots // block_m + experts + 1, 3), order, rows)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     run(
         sort_kernel,
         (expert_index, routing.blocks, order, None if rows is order else rows),
@@ -62,7 +62,7 @@ def sort_slots(
         (block_m, _BLOCK, pdl),
         (experts + 1, 1, 1),
         num_warps=_NUM_WARPS,
-        **options,
+        **_OPTIONS[pdl],
     )
     return routing
 
