@@ -20,8 +20,9 @@ from benchmark_cpu import decode_rate
 from real_models import MODELS, export_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
-from hf_hadacore import HadaCoreConfig, cli
+from hf_hadacore import HadaCoreConfig
 from hf_hadacore.checkpoint import PARTIAL_SUFFIX, quantize_checkpoint
+from hf_hadacore.commands.generate import generate
 from hf_hadacore.errors import HadaCoreError
 from hf_hadacore.evaluate import Difference, Perplexity, encode, paired_difference, perplexity
 from hf_hadacore.inspection import format_size, inspect_checkpoint
@@ -122,7 +123,7 @@ def main(
     _step(5, "Let the int4 model talk")
     for prompt in PROMPTS:
         typer.secho(f'hadacore generate {dst} "{prompt}"', bold=True)
-        cli.generate(str(dst), prompt, max_new_tokens=64, temperature=0.0, device="cpu", chat=True)
+        generate(str(dst), prompt, max_new_tokens=64, temperature=0.0, device="cpu", chat=True)
 
     sizes = [inspect_checkpoint(path)["bytes"] for path in (src, dst)]
     bf16, int4 = (Measured(*values) for values in zip(sizes, results, speeds, strict=True))

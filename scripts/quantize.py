@@ -12,7 +12,7 @@
 
 import typer
 
-from hf_hadacore.cli import quantize
+from hf_hadacore.commands.quantize import quantize
 
 if __name__ == "__main__":
     typer.run(quantize)

@@ -1,0 +1,1 @@
+"""The commands of `hadacore`, one file each; `cli` puts them together."""

@@ -1,0 +1,90 @@
+"""`hadacore quantize`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .report_errors import reports_errors
+
+_INTERRUPTED = 130  # what shells report of a command that was ended by ctrl-C
+
+
+@reports_errors
+def quantize(
+    src: Annotated[
+        str, typer.Argument(help="Folder of a full-precision checkpoint, or a model id on the Hub.")
+    ],
+    dst: Annotated[str, typer.Argument(help="Folder to make; must not exist.")],
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for a row.")
+    ] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Fix the zero point, or store one per group.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Module to leave in full precision; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX:OPTION=VALUE,...",
+            help="Options of modules, e.g. 'down_proj:group_size=64,symmetric=true'; repeatable.",
+        ),
+    ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Quantize the output head.")
+    ] = False,
+    attention: Annotated[
+        str | None, typer.Option(metavar="MODE", help="8-bit attention by default: fp8 or int8-fp8.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of scales and unquantized weights; default: the checkpoint's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+) -> None:
+    """Quantize a checkpoint on disk, layer by layer."""
+    overrides = dict(_parse_override(text) for text in override or ())
+    from ..checkpoint import quantize_checkpoint
+    from ..config import HadaCoreConfig
+    from ..inspection import format_size
+
+    config = HadaCoreConfig(
+        group_size=group_size,
+        symmetric=symmetric,
+        modules_to_not_convert=skip,
+        overrides=overrides,
+        quantize_lm_head=quantize_lm_head,
+        attention=attention,
+    )
+    try:
+        report = quantize_checkpoint(
+            src, dst, config, dtype=dtype, max_shard_size=max_shard_size, resume=resume, device=device
+        )
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command with --resume continues", fg=typer.colors.RED, err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(
+        f"{dst}: {format_size(report['quantized_bytes'])} ({report['size_ratio']:.1%} of the source), "
+        f"{len(report['layers'])} int4 weights, {report['quantized_share']:.1%} of the parameters"
+    )
+
+
+def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    """``REGEX:group_size=64,symmetric=true`` as a pair for `HadaCoreConfig.overrides`."""
+    pattern, _, options = text.rpartition(":")
+    pairs = [option.partition("=") for option in options.split(",")]
+    if not pattern or not all(name and value for name, _, value in pairs):
+        raise typer.BadParameter(f"{text!r} is not REGEX:OPTION=VALUE,...", param_hint="--override")
+    return pattern, {name.strip(): _parse_value(value.strip()) for name, _, value in pairs}
+
+
+def _parse_value(text: str) -> Any:
+    """true, false or an integer; anything else stays a text, which the config then refuses by name."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return text
