@@ -103,18 +103,64 @@ def _quantize_rows(
     finite = values.isfinite()
     if not finite.all():
         raise QuantizationError(f"{name}: {int((~finite).sum())} weights are NaN or infinite")
-    k = rows.shape[1]
-    size = int4.effective_group_size(k, group_size)
-    pad = int4.num_groups(k, group_size) * size - k
-    groups = torch.nn.functional.pad(values, (0, pad)).unflatten(-1, (-1, size))
+    scale, zero = fit_groups(
+        values,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        importance=importance,
+        search=search,
+    )
+    # Not `int4.quantize`: integers must come from the very expression that the search has judged.
+    groups = _in_groups(values, group_size)
+    q = _round_groups(groups, scale, zero).add_(zero.unsqueeze(-1)).flatten(-2)[:, : rows.shape[1]]
+    return int4.pack(q.to(torch.uint8)), scale.to(scale_dtype), zero.to(torch.uint8)
+
+
+def fit_groups(
+    values: torch.Tensor,
+    *,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    importance: torch.Tensor | None = None,
+    search: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of every group.
+
+    Args:
+        values: fp32 ``[R, K]``, finite.
+        scale_dtype: to which scales are rounded.
+        group_size, symmetric, importance, search: as in `quantize_weight`.
+
+    Returns:
+        Scale (as it will be stored) and zero, both fp32 ``[R, ceil(K/g)]``.
+    """
+    groups = _in_groups(values, group_size)
     h = (groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()).square_()
     if importance is not None:
-        counts = importance.to(rows.device, torch.float32)
-        h *= torch.nn.functional.pad(counts, (0, pad)).view(-1, size)
-    scale, zero = _fit(groups, h, symmetric, scale_dtype, search)
-    # Not `int4.quantize`: integers must come from the very expression that the search has judged.
-    q = _round(groups, scale, zero).add_(zero.unsqueeze(-1)).flatten(-2)[:, :k]
-    return int4.pack(q.to(torch.uint8)), scale.to(scale_dtype), zero.to(torch.uint8)
+        h *= _in_groups(importance.to(values.device, torch.float32)[None], group_size)
+    return _fit(groups, h, symmetric, scale_dtype, search)
+
+
+def storable_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scale as it will be stored, in fp32: rounded to dtype, finite, and 1 where it would vanish."""
+    largest = torch.finfo(dtype).max
+    stored = scale.clamp(-largest, largest).to(dtype).float()
+    return torch.where(stored == 0, 1, stored)
+
+
+def round_to_grid(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The integers c = q - z nearest to w / s that the grid has; all fp32, broadcast together."""
+    return torch.clamp((values / scale).round_(), -zero, int4.MAX_Q - zero)
+
+
+def _in_groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """``[R, G, g]`` from ``[R, K]``; zeros fill up a short last group."""
+    k = values.shape[1]
+    size = int4.effective_group_size(k, group_size)
+    pad = int4.num_groups(k, group_size) * size - k
+    return torch.nn.functional.pad(values, (0, pad)).unflatten(-1, (-1, size))
 
 
 def _fit(
@@ -129,7 +175,7 @@ def _fit(
     else:
         scale = (high - low) / int4.MAX_Q
         zero = _zero_for(low, scale)
-    scale = _storable(scale, dtype)
+    scale = storable_scale(scale, dtype)
     if not search:
         return scale, zero
 
@@ -154,17 +200,8 @@ def _zero_for(low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (-low / torch.where(scale == 0, 1, scale)).round_().clamp_(0, int4.MAX_Q)
 
 
-def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The scale as it will be stored, in fp32: rounded to dtype, finite, and 1 where it would vanish."""
-    largest = torch.finfo(dtype).max
-    stored = scale.clamp(-largest, largest).to(dtype).float()
-    return torch.where(stored == 0, 1, stored)
-
-
-def _round(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """The integers c = q - z nearest to w / s that the grid has."""
-    z = zero.unsqueeze(-1)
-    return torch.clamp((groups / scale.unsqueeze(-1)).round_(), -z, int4.MAX_Q - z)
+def _round_groups(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return round_to_grid(groups, scale.unsqueeze(-1), zero.unsqueeze(-1))
 
 
 class _Best:
@@ -183,12 +220,12 @@ class _Best:
         self.error = self._error(scale, zero)
 
     def _error(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        error = _round(self.groups, scale, zero).mul_(scale.unsqueeze(-1)).sub_(self.groups)
+        error = _round_groups(self.groups, scale, zero).mul_(scale.unsqueeze(-1)).sub_(self.groups)
         return error.square_().mul_(self.h).sum(-1)
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """Take a candidate where it is better."""
-        scale = _storable(scale, self.dtype)
+        scale = storable_scale(scale, self.dtype)
         error = self._error(scale, zero)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
@@ -197,7 +234,7 @@ class _Best:
 
     def refine(self) -> None:
         """Consider the least-squares scale for the integers of the best grid."""
-        c = _round(self.groups, self.scale, self.zero)
+        c = _round_groups(self.groups, self.scale, self.zero)
         weighted = c * self.h
         denominator = (weighted * c).sum(-1)
         scale = (weighted * self.groups).sum(-1) / torch.where(denominator == 0, 1, denominator)
