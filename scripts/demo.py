@@ -21,11 +21,12 @@ from real_models import MODELS, export_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import PARTIAL_SUFFIX, quantize_checkpoint
+from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.commands.generate import generate
 from hf_hadacore.errors import HadaCoreError
-from hf_hadacore.evaluate import Difference, Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.evaluate import Estimate, Perplexity, encode, paired_difference, perplexity
 from hf_hadacore.inspection import format_size, inspect_checkpoint
+from hf_hadacore.staging import PARTIAL_SUFFIX
 
 MODEL = "smollm2-135m"
 GROUP_SIZE = 64
@@ -72,7 +73,7 @@ def measure_decoding(models: list[PreTrainedModel], steps: int, repeats: int) ->
 
 def summary(bf16: Measured, int4: Measured) -> str:
     """What int4 cost and what it saved, as a table."""
-    cost: Difference = paired_difference(int4.result, bf16.result)
+    cost: Estimate = paired_difference(int4.result, bf16.result)
     rows = [
         ("", "bf16", "int4", ""),
         ("size", format_size(bf16.nbytes), format_size(int4.nbytes), f"{int4.nbytes / bf16.nbytes:.0%}"),
@@ -80,7 +81,7 @@ def summary(bf16: Measured, int4: Measured) -> str:
             "perplexity",
             f"{bf16.result.perplexity:.2f}",
             f"{int4.result.perplexity:.2f}",
-            f"{cost.nll:+.3f} ± {cost.standard_error:.3f} nats per token",
+            f"{cost.value:+.3f} ± {cost.standard_error:.3f} nats per token",
         ),
         (
             "decoding, tok/s",
