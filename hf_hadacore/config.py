@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError
 from .int4 import GROUP_SIZES
 
 QUANT_METHOD = "hadacore"
 FORMAT_VERSION = 1
 
 _METHODS = ("rtn", "gptq")
+_ACT_ORDERS = ("static", "permuted")
 _ATTENTION_MODES = ("fp8", "int8-fp8")
 _BOOL_OPTIONS = (
     "symmetric",
-    "act_order",
     "add_default_skips",
     "quantize_lm_head",
     "dequantize",
@@ -34,10 +34,12 @@ class LayerSpec(NamedTuple):
     Attributes:
         group_size: g; -1 is one group per row.
         symmetric: whether z = 8 everywhere.
+        input_perm: whether the columns are stored in an order of their own, which `input_perm` gives.
     """
 
     group_size: int
     symmetric: bool
+    input_perm: bool = False
 
 
 class HadaCoreConfig(QuantizationConfigMixin):
@@ -49,9 +51,11 @@ class HadaCoreConfig(QuantizationConfigMixin):
             for one scale per output row. The last group of a row may be short.
         symmetric: True fixes the zero point at 8 and stores none; False stores one uint8 zero
             per group.
-        method: "rtn" rounds each weight to the nearest grid point of a searched scale. "gptq"
-            needs calibration data and is not available yet.
-        act_order: quantize columns by falling activation energy; needs method="gptq".
+        method: how the weights were chosen. "rtn" rounds each weight to the nearest grid point of a searched
+            scale. "gptq" needs calibration data: quantize offline (`hadacore quantize`).
+        act_order: the order in which "gptq" quantizes columns. False: as they are. "static": by falling
+            activation energy, in groups of neighbours as without. "permuted": by falling activation energy,
+            and groups are formed in that order; see `hf_hadacore.tensor_parallel`. True is "static".
         attention: 8-bit attention and key/value cache, "fp8" or "int8-fp8", unless `from_pretrained` is given
             an `attn_implementation`. May be set when loading a checkpoint that was saved without. None keeps
             the model's (or checkpoint's) attention.
@@ -66,6 +70,8 @@ class HadaCoreConfig(QuantizationConfigMixin):
         quantize_lm_head: quantize the output head too. A head that is tied to the embedding is
             untied: the embedding stays in full precision and the head gets its own int4 weight.
         dequantize: load a quantized checkpoint as an ordinary full-precision model.
+        input_permutations: regexes (as in `overrides`) of the modules whose columns are stored in an order of
+            their own, which the checkpoint holds as `input_perm`; written for you.
         cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
             `hf_hadacore.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.
@@ -73,7 +79,6 @@ class HadaCoreConfig(QuantizationConfigMixin):
 
     Raises:
         ConfigError: an option is unknown, has a wrong type or an unusable value.
-        UnsupportedError: the option's feature is not available in this version.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         group_size: int = 128,
         symmetric: bool = False,
         method: str = "rtn",
-        act_order: bool = False,
+        act_order: bool | str = False,
         attention: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         add_default_skips: bool = True,
@@ -90,6 +95,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         quantize_lm_head: bool = False,
         dequantize: bool = False,
         cuda_graphs: bool = True,
+        input_permutations: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -102,7 +108,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.symmetric = symmetric
         self.method = method
-        self.act_order = act_order
+        self.act_order = "static" if act_order is True else act_order
         self.attention = attention
         self.modules_to_not_convert = [] if modules_to_not_convert is None else modules_to_not_convert
         self.add_default_skips = add_default_skips
@@ -110,6 +116,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.dequantize = dequantize
         self.cuda_graphs = cuda_graphs
+        self.input_permutations = [] if input_permutations is None else input_permutations
         self.validate()
 
     def validate(self) -> None:
@@ -117,7 +124,6 @@ class HadaCoreConfig(QuantizationConfigMixin):
 
         Raises:
             ConfigError: naming the option, its value and what would be right.
-            UnsupportedError: the option's feature is not available in this version.
         """
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, got {self.quant_method!r}")
@@ -136,19 +142,18 @@ class HadaCoreConfig(QuantizationConfigMixin):
         for option in _BOOL_OPTIONS:
             _check_bool(option, getattr(self, option))
         _check_choice("method", self.method, _METHODS)
+        if self.act_order is not False:
+            _check_choice("act_order", self.act_order, (False, True, *_ACT_ORDERS))
+            if self.method != "gptq":
+                raise ConfigError(
+                    f'act_order={self.act_order!r} needs method="gptq", which quantizes offline (hadacore '
+                    f"quantize); method={self.method!r} looks at no activations"
+                )
         if self.attention is not None:
             _check_choice("attention", self.attention, _ATTENTION_MODES)
-        self._check_skips()
+        self.modules_to_not_convert = _check_names("modules_to_not_convert", self.modules_to_not_convert)
+        self.input_permutations = _check_names("input_permutations", self.input_permutations)
         self._check_overrides()
-        self._refuse_future_options()
-
-    def _check_skips(self) -> None:
-        names = self.modules_to_not_convert
-        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"modules_to_not_convert must be a list of module names, got {names!r}")
-        for name in names:
-            _check_pattern("modules_to_not_convert", name)
-        self.modules_to_not_convert = list(names)
 
     def _check_overrides(self) -> None:
         if not isinstance(self.overrides, dict):
@@ -165,14 +170,6 @@ class HadaCoreConfig(QuantizationConfigMixin):
                     _check_group_size(f"{where}: group_size", value)
                 else:
                     _check_bool(f"{where}: {option}", value)
-
-    def _refuse_future_options(self) -> None:
-        if self.method == "gptq":
-            raise UnsupportedError('method="gptq" is not available in this version; use method="rtn"')
-        if self.act_order:
-            raise UnsupportedError(
-                'act_order=True needs method="gptq", which is not available in this version'
-            )
 
     @staticmethod
     def matches(pattern: str, module_name: str) -> bool:
@@ -215,6 +212,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         return LayerSpec(
             group_size=options.get("group_size", self.group_size),
             symmetric=options.get("symmetric", self.symmetric),
+            input_perm=any(self.matches(pattern, module_name) for pattern in self.input_permutations),
         )
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -245,7 +243,7 @@ def _check_bool(option: str, value: object) -> None:
         raise ConfigError(f"{option} must be True or False, got {value!r}")
 
 
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(option: str, value: object, choices: tuple[str | bool, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{option} must be one of {choices}, got {value!r}")
 
@@ -254,6 +252,14 @@ def _check_group_size(option: str, value: object) -> None:
     _check_int(option, value)
     if value not in GROUP_SIZES:
         raise ConfigError(f"{option} must be one of {GROUP_SIZES}, got {value!r}")
+
+
+def _check_names(option: str, names: object) -> list[str]:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{option} must be a list of module names, got {names!r}")
+    for name in names:
+        _check_pattern(option, name)
+    return list(names)
 
 
 def _check_pattern(option: str, pattern: object) -> None:

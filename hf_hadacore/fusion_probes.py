@@ -1,14 +1,11 @@
 """What a module computes, found out by running it: may a fused forward stand for its own?
 
-A probe runs a module's own forward, on the CPU, with tiny random stand-ins for its weights and submodules,
-and compares the result with what the fused forward would compute. Class names say little (a subclass may
-scale its residual, a new version may rotate otherwise); a result does. The model's weights are not touched.
+A probe runs a module's own forward, on the CPU, with tiny random stand-ins for its weights and submodules
+(see `probing`), and compares the result with what the fused forward would compute.
 """
 
-import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +15,7 @@ from torch import nn
 from .kernels.gated_activation import ACTIVATIONS, gated_activation_reference
 from .kernels.rms_norm import rms_norm_reference
 from .kernels.rope import rope_reference
-
-_DTYPE = torch.bfloat16
-_PROBE = "hadacore_probe"
+from .probing import PROBE, ProbedConfig, Projection, Random, registered, run_own_forward, stand_in
 
 
 class NormFormula(NamedTuple):
@@ -82,55 +77,6 @@ _MLPS = (("gate_proj", "up_proj"), ("gate_up_proj",))
 _NORMS = ((0.0, True), (1.0, False), (0.0, False))
 
 
-class _Random:
-    """Seeded values that leave torch's global generator alone."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator("cpu").manual_seed(0)
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self._generator, device="cpu").to(_DTYPE)
-
-
-class _Projection(nn.Module):
-    """Stands for a linear layer, without a product: output j is input j modulo K, times a random factor."""
-
-    def __init__(self, outputs: int, random: _Random):
-        super().__init__()
-        self.factors = random(outputs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(self.factors.shape[0], device="cpu") % x.shape[-1]
-        return x[..., places] * self.factors
-
-
-def _stand_in(module: nn.Module, **parts: Any) -> nn.Module:
-    """A shallow copy in eval mode with some children, parameters or plain attributes replaced."""
-    clone = copy.copy(module)
-    clone._modules, clone._parameters = dict(module._modules), dict(module._parameters)
-    for name in ("forward", "_old_forward", "_hf_hook"):
-        clone.__dict__.pop(name, None)
-    clone.training = False
-    for name, part in parts.items():
-        if name in clone._parameters:
-            clone._parameters[name] = part
-        elif name in clone._modules:
-            clone._modules[name] = part
-        else:
-            clone.__dict__[name] = part
-    return clone
-
-
-def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward; None if it does not take such arguments at all."""
-    try:
-        with torch.no_grad():
-            return type(module).forward(module, *args, **kwargs)
-    except Exception:
-        # Any module may come along here, and fail in any way on what it was not made for.
-        return None
-
-
 def _agree(found: Any, expected: torch.Tensor) -> bool:
     """Equal but for the last bit of a few elements, which another order of a norm's fp32 sum can change."""
     return (
@@ -155,11 +101,11 @@ def norm_formula(module: nn.Module) -> NormFormula | None:
     eps = next((e for e in (getattr(module, n, None) for n in names) if isinstance(e, float)), None)
     if eps is None:
         return None
-    random = _Random()
+    random = Random()
     # Some rows so small that eps matters.
-    x = random(8, 64) * torch.tensor([1.0, 1e-3, 30, 1e-4] * 2, dtype=_DTYPE)[:, None]
+    x = random(8, 64) * torch.tensor([1.0, 1e-3, 30, 1e-4] * 2, dtype=random.dtype)[:, None]
     weight = random(64)
-    found = _run(_stand_in(module, weight=weight), x)
+    found = run_own_forward(stand_in(module, weight=weight), x)
     for offset, round_first in _NORMS:
         if isinstance(found, torch.Tensor) and found.dtype == x.dtype:
             if torch.equal(found, rms_norm_reference(x, weight, eps, offset, round_first)):
@@ -176,10 +122,10 @@ def mlp_formula(module: nn.Module) -> MlpFormula | None:
     for projections in _MLPS:
         if module._parameters or not {*projections, "down_proj"} <= module._modules.keys():
             continue
-        random = _Random()
-        x, down = random(3, 8), _Projection(16, random)
-        layers = {name: _Projection(32 // len(projections), random) for name in projections}
-        found = _run(_stand_in(module, down_proj=down, **layers), x)
+        random = Random()
+        x, down = random(3, 8), Projection(16, random)
+        layers = {name: Projection(32 // len(projections), random) for name in projections}
+        found = run_own_forward(stand_in(module, down_proj=down, **layers), x)
         with torch.no_grad():
             gate, up = torch.cat([layer(x) for layer in layers.values()], dim=-1).chunk(2, dim=-1)
             for activation in ACTIVATIONS:
@@ -187,18 +133,6 @@ def mlp_formula(module: nn.Module) -> MlpFormula | None:
                 if isinstance(found, torch.Tensor) and torch.equal(found, expected):
                     return MlpFormula(projections, activation)
     return None
-
-
-class _Config:
-    """A model's config, but for the name of the attention function."""
-
-    _attn_implementation = _PROBE
-
-    def __init__(self, config: Any):
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
 
 
 class _Cache:
@@ -210,15 +144,6 @@ class _Cache:
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self.updates.append((*args, *kwargs.items()))
         return args[0], args[1]
-
-
-@contextmanager
-def _registered(functions: Any, function: Callable[..., Any]) -> Iterator[None]:
-    functions[_PROBE] = function
-    try:
-        yield
-    finally:
-        del functions[_PROBE]
 
 
 def attention_formula(
@@ -241,8 +166,8 @@ def attention_formula(
     if head_dim % 2:
         return None
 
-    random = _Random()
-    parts: dict[str, Any] = {"o_proj": nn.Identity(), "config": _Config(config)}
+    random = Random()
+    parts: dict[str, Any] = {"o_proj": nn.Identity(), "config": ProbedConfig(config)}
     norm = None
     weights: dict[str, torch.Tensor | None] = {"q": None, "k": None}
     if "q_norm" in module._modules or "k_norm" in module._modules:
@@ -251,10 +176,10 @@ def attention_formula(
         if norm is None or k_norm is None or norms.get(k_norm) != norm:
             return None
         weights = {"q": random(head_dim), "k": random(head_dim)}
-        parts["q_norm"] = _stand_in(q_norm, weight=weights["q"])  # type: ignore[arg-type]
-        parts["k_norm"] = _stand_in(k_norm, weight=weights["k"])
+        parts["q_norm"] = stand_in(q_norm, weight=weights["q"])  # type: ignore[arg-type]
+        parts["k_norm"] = stand_in(k_norm, weight=weights["k"])
     for name in "qkv":
-        parts[f"{name}_proj"] = _Projection(getattr(module, f"{name}_proj").out_features, random)
+        parts[f"{name}_proj"] = Projection(getattr(module, f"{name}_proj").out_features, random)
     x, cos, sin = random(2, 3, 8), random(2, 3, head_dim), random(2, 3, head_dim)
     with torch.no_grad():
         heads = {name: parts[f"{name}_proj"](x).view(2, 3, -1, head_dim) for name in "qkv"}
@@ -268,12 +193,12 @@ def attention_formula(
     def attend(owner: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         calls.append((query, key, value))
         seen.update(kwargs, attention_mask=mask)
-        return query.transpose(1, 2), _PROBE
+        return query.transpose(1, 2), PROBE
 
     cache, passed = _Cache(), {"attention_mask": object(), "position_ids": object(), "extra": object()}
-    with _registered(functions, attend):
-        found = _run(
-            _stand_in(module, **parts),
+    with registered(functions, attend):
+        found = run_own_forward(
+            stand_in(module, **parts),
             hidden_states=x,
             position_embeddings=(cos, sin),
             past_key_values=cache,
@@ -283,7 +208,7 @@ def attention_formula(
     is_known = (
         isinstance(found, tuple)
         and len(found) == 2
-        and found[1] is _PROBE
+        and found[1] is PROBE
         and len(calls) == 1
         and all(map(_agree, calls[0], expected))
         and torch.equal(found[0], calls[0][0].transpose(1, 2).flatten(2))
@@ -327,9 +252,9 @@ def layer_formula(module: nn.Module, norms: Mapping[nn.Module, NormFormula | Non
             continue
         if any(norms.get(module.get_submodule(name)) is None for name in names):
             continue
-        random = _Random()
+        random = Random()
         parts: dict[str, Any] = {
-            name: _stand_in(module.get_submodule(name), weight=random(16)) for name in names
+            name: stand_in(module.get_submodule(name), weight=random(16)) for name in names
         }
         parts |= {"self_attn": _Block(random(16), True), "mlp": _Block(random(16), False)}
         x = random(2, 8, 16)
@@ -341,8 +266,8 @@ def layer_formula(module: nn.Module, norms: Mapping[nn.Module, NormFormula | Non
             "position_embeddings": (x, x),
             "extra": x,
         }
-        clone = _stand_in(module, **parts)
-        found = _run(clone, x, **passed)
+        clone = stand_in(module, **parts)
+        found = run_own_forward(clone, x, **passed)
 
         def norm(name: str | None, values: torch.Tensor, parts: dict[str, Any] = parts) -> torch.Tensor:
             return values if name is None else type(parts[name]).forward(parts[name], values)

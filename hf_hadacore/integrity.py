@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 
 from .errors import CheckpointError
 
@@ -162,7 +163,8 @@ def verify_quantized(
 
     Raises:
         CheckpointError: naming the tensors that are absent or have another dtype or shape, with
-            what was found and what was expected; zeros of symmetric weights, too.
+            what was found and what was expected; zeros of symmetric weights and permutations that the
+            config does not name, too.
     """
     problems = []
     for name, (dtype, shape) in expected.items():
@@ -180,8 +182,47 @@ def verify_quantized(
             problems.append(
                 f"{zero}: expected no zeros in a symmetric weight, found some in {headers[zero].file}"
             )
+    for scale in expected:
+        perm = f"{scale.removesuffix('weight_scale')}input_perm"
+        if scale.endswith("weight_scale") and perm in headers and perm not in expected:
+            problems.append(
+                f"{perm}: expected none, because input_permutations does not name the layer, found one in "
+                f"{headers[perm].file}"
+            )
     if problems:
         raise CheckpointError(f"the checkpoint contradicts its quantization config: {_listed(problems)}")
+
+
+def verify_permutations(headers: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+    """Read the orders of inputs of a checkpoint and check that each names every input once.
+
+    Kernels index with them, so a wrong one would read memory that is not x's.
+
+    Args:
+        headers: as returned by `verify_files`; shapes and dtypes are checked already.
+        names: of the ``input_perm`` tensors.
+
+    Raises:
+        CheckpointError: naming the tensors that are no permutations.
+    """
+    problems = []
+    for name in names:
+        with safe_open(headers[name].file, "pt") as file:
+            perm = file.get_tensor(name)
+        if not torch.equal(perm.sort().values, torch.arange(len(perm), dtype=perm.dtype)):
+            problems.append(
+                f"{name}: expected every input from 0 to {len(perm) - 1} once, found {_what_is_wrong(perm)}"
+            )
+    if problems:
+        raise CheckpointError(f"the checkpoint's input permutations are damaged: {_listed(problems)}")
+
+
+def _what_is_wrong(perm: torch.Tensor) -> str:
+    outside = perm[(perm < 0) | (perm >= len(perm))]
+    if len(outside):
+        return f"{int(outside[0])}"
+    values, counts = perm.unique(return_counts=True)
+    return f"{int(values[counts > 1][0])} more than once"
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -76,7 +76,8 @@ def plan_layers(model: PreTrainedModel, config: HadaCoreConfig, *, strict: bool 
         strict: refuse overrides that match nothing; False for checkpoints that may be loaded in part.
 
     Raises:
-        ConfigError: overrides disagree or match nothing, or the head is both skipped and asked for.
+        ConfigError: overrides disagree or match nothing, the head is both skipped and asked for, or
+            `input_permutations` names fused experts.
     """
     tied = model.all_tied_weights_keys
     plan = LayerPlan(sizes={name: p.numel() for name, p in model.named_parameters() if name not in tied})
@@ -104,7 +105,11 @@ def plan_layers(model: PreTrainedModel, config: HadaCoreConfig, *, strict: bool 
         if reason is not None:
             plan.kept.update({f"{name}.{weight}": reason for weight in projections or ("weight",)})
         elif projections:
-            plan.experts[name] = config.layer_spec(prefix + name)
+            plan.experts[name] = spec = config.layer_spec(prefix + name)
+            if spec.input_perm:
+                raise ConfigError(
+                    f"input_permutations names {prefix + name!r}; fused experts keep their inputs in order"
+                )
         else:
             plan.linears[name] = config.layer_spec(prefix + name)
 

@@ -32,6 +32,8 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         weight: int32 ``[N, K/8]``; read it through `int4_weight`.
         weight_scale: floating point ``[N, ceil(K/g)]``.
         weight_zero: uint8 ``[N, ceil(K/g)]``, or None for a symmetric weight.
+        input_perm: int32 ``[K]``: column i of the stored weight belongs to input ``input_perm[i]``, so that x
+            is read as ``x[..., input_perm]``. None if the columns are in order.
         bias: ``[N]`` or None.
         group_size: g; -1 is one group per row.
 
@@ -41,6 +43,7 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         bias: whether there is a bias.
         group_size: g.
         symmetric: whether z = 8 everywhere, so that no zeros are stored.
+        input_perm: whether the columns are stored in an order of their own.
         dtype: of scales and bias.
         device: where the (uninitialized) Parameters are made.
 
@@ -59,6 +62,7 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         *,
         group_size: int,
         symmetric: bool,
+        input_perm: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -77,6 +81,7 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         self.weight = empty((out_features, in_features // int4.NIBBLES_PER_WORD), torch.int32)
         self.weight_scale = empty(groups, dtype)
         self.register_parameter("weight_zero", None if symmetric else empty(groups, torch.uint8))
+        self.register_parameter("input_perm", empty((in_features,), torch.int32) if input_perm else None)
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
         self._cpu_weight: CpuPackedWeight | None = None
         self._group: LinearGroup | None = None
@@ -115,28 +120,38 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def set_int4(self, weight: Int4Weight) -> None:
+    def set_int4(self, weight: Int4Weight, input_perm: torch.Tensor | None = None) -> None:
         """Replace the weight.
 
         Args:
             weight: of the layer's shape and group size, symmetric or not as the layer is.
+            input_perm: integer ``[K]``, the inputs that its columns belong to; None if they are in order.
         """
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
         self.weight_scale = nn.Parameter(weight.scale, requires_grad=False)
         self.weight_zero = None if weight.zero is None else nn.Parameter(weight.zero, requires_grad=False)
+        self.input_perm = (
+            None if input_perm is None else nn.Parameter(input_perm.to(torch.int32), requires_grad=False)
+        )
 
     def int4_weight(self) -> Int4Weight:
-        """The weight in the format of `hf_hadacore.int4`; a view of the Parameters where that is possible."""
+        """The weight in the format of `hf_hadacore.int4`; a view of the Parameters where that is possible.
+
+        Its columns are in the order in which they are stored: see `input_perm`.
+        """
         return self._ordered_weight("weight")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """The layer as an ordinary `nn.Linear` with the weight that is stored.
+        """The layer as an ordinary `nn.Linear` with the weight that is stored, its columns in natural order.
 
         Args:
             dtype: of weight and bias; default the dtype of the scales.
         """
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.int4_weight().dequantize(dtype), requires_grad=False)
+        weight = self.int4_weight().dequantize(dtype)
+        if self.input_perm is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.input_perm.long(), weight)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(linear.weight.dtype), requires_grad=False)
         return linear.train(self.training)
@@ -152,7 +167,8 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         """
         if not self._is_tiled:
             if self._decodes_on_cpu(input):
-                return w4a16_decode_cpu(input, self._weight_for_cpu(), self.bias)
+                x = input if self.input_perm is None else input.index_select(-1, self.input_perm)
+                return w4a16_decode_cpu(x, self._weight_for_cpu(), self.bias)
             if may_reorder_weights():
                 self.prepare()
         product = w4a16_tiled if self._is_tiled else w4a16_linear
@@ -161,7 +177,7 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
             self.weight,
             self.weight_scale,
             self.weight_zero,
-            None,
+            self.input_perm,
             self.bias,
             group_size=self.group_size,
         )
@@ -213,4 +229,5 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, int4 {kind}, group_size={self.group_size}"
+            + (", input_perm" if self.input_perm is not None else "")
         )

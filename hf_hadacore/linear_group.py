@@ -16,7 +16,8 @@ from .tile_order import may_reorder_weights
 def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of several layers for the same input, in one launch where that is possible.
 
-    The first call moves the weights of the layers next to each other; the layers keep working alone.
+    The first call moves the weights of the layers next to each other; the layers keep working alone. Layers
+    that read the input in different orders stay apart.
 
     Args:
         layers: `HadaCoreLinear` or other modules.
@@ -30,7 +31,13 @@ def forward_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch
         return [layer(x) for layer in layers]
     weight = group.weight
     y = w4a16_tiled(
-        x, weight.packed, weight.scale, weight.zero, None, group.bias, group_size=weight.group_size
+        x,
+        weight.packed,
+        weight.scale,
+        weight.zero,
+        group.input_perm,
+        group.bias,
+        group_size=weight.group_size,
     )
     return list(y.split(group.sizes, dim=-1))
 
@@ -47,12 +54,16 @@ def products_of(
     groups = [group for group in map(_group_of, joined) if group is not None]
     alone = {layer for layer in model.modules() if isinstance(layer, HadaCoreLinear) and layer._is_tiled}
     alone -= {layer for group in groups for layer in group.layers}
-    weights = [(group.weight, group.bias) for group in groups]
+    weights = [(group.weight, group.input_perm, group.bias) for group in groups]
     weights += [
-        (Int4Weight(layer.weight, layer.weight_scale, layer.weight_zero, layer.group_size), layer.bias)
+        (
+            Int4Weight(layer.weight, layer.weight_scale, layer.weight_zero, layer.group_size),
+            layer.input_perm,
+            layer.bias,
+        )
         for layer in alone
     ]
-    for weight, bias in weights:
+    for weight, input_perm, bias in weights:
         if weight.scale.dtype in (torch.float16, torch.bfloat16):
             yield (
                 weight.packed.device,
@@ -63,6 +74,7 @@ def products_of(
                     weight.scale.dtype,
                     weight.zero is not None,
                     bias is not None,
+                    input_perm is not None,
                 ),
             )
 
@@ -72,7 +84,7 @@ class LinearGroup:
 
     def __init__(self, layers: tuple[HadaCoreLinear, ...]):
         self.layers = layers
-        self.sizes = [layer.out_features for layer in layers]
+        self.sizes = [layer.weight.shape[0] for layer in layers]
         first = layers[0]
         zero = None
         scale = _join_columns([layer.weight_scale for layer in layers])
@@ -80,6 +92,7 @@ class LinearGroup:
             zero = _join_columns([layer.weight_zero for layer in layers])
         packed = torch.cat([layer.weight.data for layer in layers])
         self.weight = Int4Weight(packed, scale, zero, first.group_size)
+        self.input_perm = None if first.input_perm is None else first.input_perm.data
         self.bias = None
         if any(layer.bias is not None for layer in layers):
             zeros = [first.weight_scale.new_zeros(size) for size in self.sizes]
@@ -88,6 +101,8 @@ class LinearGroup:
             )
         for layer, *parts in zip(layers, *(t.split(self.sizes) for t in (packed, scale)), strict=True):
             layer.weight.data, layer.weight_scale.data = parts
+            if layer.input_perm is not None and self.input_perm is not None:
+                layer.input_perm.data = self.input_perm
         if zero is not None:
             for layer, part in zip(layers, zero.split(self.sizes), strict=True):
                 layer._group_values("weight")[1].data = part
@@ -105,6 +120,13 @@ class LinearGroup:
 def _join_columns(values: list[Any]) -> torch.Tensor:
     """Concatenate ``[N, G]`` tensors along N, with contiguous columns."""
     return torch.cat([value.data.t() for value in values], dim=1).t()
+
+
+def _read_alike(first: HadaCoreLinear, second: HadaCoreLinear) -> bool:
+    """Whether two layers read their input in the same order."""
+    if first.input_perm is None or second.input_perm is None:
+        return first.input_perm is second.input_perm
+    return torch.equal(first.input_perm, second.input_perm)
 
 
 def _group_of(layers: Sequence[nn.Module]) -> LinearGroup | None:
@@ -136,6 +158,8 @@ def _group_of(layers: Sequence[nn.Module]) -> LinearGroup | None:
         for layer in members
     }
     if len(kinds) != 1 or not first._is_tiled or first._is_offloaded():
+        return None
+    if not all(_read_alike(first, layer) for layer in members[1:]):
         return None
     first._group = LinearGroup(members)
     return first._group

@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 # A step of one sequence, and a short prompt.
 _TOKENS_COMPILED_AHEAD = (1, 128)
 _SUFFIXES = ("", "_scale", "_zero")
+_INPUT_PERM = "input_perm"
 
 
 class HadaCoreHfQuantizer(compat.Quantizer):
@@ -45,6 +46,8 @@ class HadaCoreHfQuantizer(compat.Quantizer):
         quantization_config.validate()
         if quantization_config.dequantize and not self.pre_quantized:
             raise ConfigError("dequantize=True needs a quantized checkpoint; this one is in full precision")
+        if not self.pre_quantized:
+            _refuse_offline_options(quantization_config)
         self._plan = LayerPlan()
         self._damaged: list[str] = []
 
@@ -126,6 +129,9 @@ class HadaCoreHfQuantizer(compat.Quantizer):
                 for name, p in _int4_parameters(model)
             }
             integrity.verify_quantized(headers, expected)
+            integrity.verify_permutations(
+                headers, [name for name in expected if name.endswith(f".{_INPUT_PERM}")]
+            )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a full-precision tensor of this name becomes int4 while it loads."""
@@ -276,6 +282,7 @@ def swap_modules(model: PreTrainedModel, plan: LayerPlan) -> None:
             linear.bias is not None,
             group_size=spec.group_size,
             symmetric=spec.symmetric,
+            input_perm=spec.input_perm,
             dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
@@ -320,28 +327,38 @@ def _replace_module(model: PreTrainedModel, name: str, replacement: nn.Module) -
         add_hook_to_module(replacement, hook)
 
 
+def _refuse_offline_options(config: HadaCoreConfig) -> None:
+    """Options of checkpoints, which loading a full-precision one cannot fulfil."""
+    if config.method != "rtn":
+        raise ConfigError(
+            f"method={config.method!r} needs calibration data: quantize offline (hadacore quantize --method "
+            f'{config.method} SRC DST) and load DST, or use method="rtn"'
+        )
+    if config.input_permutations:
+        raise ConfigError(
+            "input_permutations describes a quantized checkpoint; this one is in full precision"
+        )
+
+
 def _owner(model: nn.Module, param_name: str) -> tuple[Any, str]:
     module_name, _, name = param_name.rpartition(".")
     return model.get_submodule(module_name), name
 
 
 def _int4_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Packed weights, scales and zeros (not biases) of every int4 module, with their full names."""
+    """Packed weights, scales, zeros and input_perm (not biases) of every int4 module, with full names."""
     found = []
     for module_name, module in model.named_modules():
         if isinstance(module, HadaCoreLinear):
-            names: tuple[str, ...] = ("weight",)
+            names = [f"weight{suffix}" for suffix in _SUFFIXES] + [_INPUT_PERM]
         elif isinstance(module, HadaCoreExperts):
-            names = module.projections
+            names = [name + suffix for name in module.projections for suffix in _SUFFIXES]
         else:
             continue
         for name in names:
-            for suffix in _SUFFIXES:
-                parameter = module._parameters[name + suffix]
-                if parameter is not None:
-                    found.append(
-                        (f"{module_name}.{name}{suffix}" if module_name else name + suffix, parameter)
-                    )
+            parameter = module._parameters[name]
+            if parameter is not None:
+                found.append((f"{module_name}.{name}" if module_name else name, parameter))
     return found
 
 

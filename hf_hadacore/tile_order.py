@@ -68,7 +68,8 @@ class TileOrdered(nn.Module):
         return bool(getattr(self.__dict__.get("_hf_hook"), "offload", False))
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name.removesuffix("_scale").removesuffix("_zero") in self._weight_names():
+        is_part = name.removesuffix("_scale").removesuffix("_zero") in self._weight_names()
+        if is_part or name == "input_perm":
             self._restore_order()
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch's annotation is too narrow
 

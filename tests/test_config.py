@@ -6,7 +6,7 @@ import pytest
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.config import FORMAT_VERSION
-from hf_hadacore.errors import ConfigError, HadaCoreError, UnsupportedError
+from hf_hadacore.errors import ConfigError, HadaCoreError
 
 VALID = [
     {},
@@ -16,6 +16,9 @@ VALID = [
     {"quantize_lm_head": True, "dequantize": True},
     {"cuda_graphs": False},
     {"attention": "int8-fp8"},
+    {"method": "gptq", "act_order": False},
+    {"method": "gptq", "act_order": "static"},
+    {"method": "gptq", "act_order": "permuted", "input_permutations": [r"[qkv]_proj$"]},
 ]
 
 
@@ -44,6 +47,7 @@ def test_saved_form_spells_every_value_out():
         "quantize_lm_head": False,
         "dequantize": False,
         "cuda_graphs": True,
+        "input_permutations": [],
     }
 
 
@@ -64,6 +68,11 @@ def test_saved_form_spells_every_value_out():
         ({"symmetric": "false"}, "symmetric must be True or False"),
         ({"method": "awq"}, r"method must be one of \('rtn', 'gptq'\)"),
         ({"method": ["rtn"]}, "method must be one of"),
+        ({"method": "gptq", "act_order": "dynamic"}, "act_order must be one of .*'static', 'permuted'"),
+        ({"method": "gptq", "act_order": 1}, "act_order must be one of"),
+        ({"act_order": True}, "act_order='static' needs method=\"gptq\", which quantizes offline"),
+        ({"input_permutations": "q_proj"}, "input_permutations must be a list"),
+        ({"input_permutations": ["(a+)+b"]}, "input_permutations: .* exponential time"),
         ({"attention": "fp4"}, "attention must be one of"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list"),
         ({"modules_to_not_convert": [1]}, "modules_to_not_convert must be a list"),
@@ -90,10 +99,8 @@ def test_bad_options_are_named(options, message):
     assert isinstance(caught.value, HadaCoreError | ValueError)
 
 
-@pytest.mark.parametrize("options", [{"method": "gptq"}, {"act_order": True}])
-def test_features_to_come_are_refused(options):
-    with pytest.raises(UnsupportedError, match="not available in this version"):
-        HadaCoreConfig(**options)
+def test_act_order_true_is_what_measures_better():
+    assert HadaCoreConfig(method="gptq", act_order=True).act_order == "static"
 
 
 def test_overrides_merge_whatever_their_order():
@@ -101,9 +108,15 @@ def test_overrides_merge_whatever_their_order():
     second = HadaCoreConfig(overrides=dict(reversed(first.overrides.items())))
     for name in ("layers.0.up", "layers.1.up", "layers.0.down", "layers.1.down"):
         assert first.layer_spec(name) == second.layer_spec(name)
-    assert first.layer_spec("layers.0.up") == (32, True)
-    assert first.layer_spec("layers.1.up") == (32, False)
-    assert first.layer_spec("layers.1.down") == (128, False)
+    assert first.layer_spec("layers.0.up") == (32, True, False)
+    assert first.layer_spec("layers.1.up") == (32, False, False)
+    assert first.layer_spec("layers.1.down") == (128, False, False)
+
+
+def test_input_permutations_are_searched_as_overrides_are():
+    config = HadaCoreConfig(method="gptq", input_permutations=["[qk]_proj$"])
+    assert config.layer_spec("layers.0.self_attn.q_proj").input_perm
+    assert not config.layer_spec("layers.0.self_attn.v_proj").input_perm
 
 
 def test_overrides_that_disagree_are_an_error():

@@ -172,6 +172,7 @@ class Product(NamedTuple):
         group_size: g, or -1.
         dtype: of x, scales and bias: fp16 or bf16.
         has_zero, has_bias: whether there are zeros and a bias.
+        has_perm: whether x is read in an order of the layer's own.
     """
 
     out_features: int
@@ -180,6 +181,7 @@ class Product(NamedTuple):
     dtype: torch.dtype
     has_zero: bool
     has_bias: bool
+    has_perm: bool = False
 
     def tensors(
         self, *experts: int
@@ -214,10 +216,10 @@ def compile_product(product: Product, tokens: int, device: torch.device) -> None
     n, k, group_size, dtype = product[:4]
     tiles, scale, zero, bias = product.tensors()
     x, out = (torch.empty(tokens, size, dtype=dtype, device="meta") for size in (k, n))
-    schedule = schedules.choose(
-        tokens, n, k, "sm90", processors_of(device.index or 0), GROUPS_PER_TILE[group_size] < 2
-    )
-    launch(x, tiles, scale, zero, None, bias, group_size, out, schedule)
+    input_perm = torch.empty(k, dtype=torch.int32, device="meta") if product.has_perm else None
+    is_plain = GROUPS_PER_TILE[group_size] < 2 and input_perm is None
+    schedule = schedules.choose(tokens, n, k, "sm90", processors_of(device.index or 0), is_plain)
+    launch(x, tiles, scale, zero, input_perm, bias, group_size, out, schedule)
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
