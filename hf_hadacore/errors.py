@@ -26,5 +26,21 @@ class QuantizationError(HadaCoreError, ValueError):
     """A weight cannot be quantized: NaN or infinite values, or scales beyond the dtype."""
 
 
+class ShardingError(HadaCoreError, ValueError):
+    """A weight cannot be divided among this number of ranks."""
+
+
 class CheckpointError(HadaCoreError, RuntimeError):
     """A checkpoint is missing files or tensors, is truncated, or contradicts its config."""
+
+
+class EvaluationError(HadaCoreError, ValueError):
+    """A text, a task or a result does not fit what is to be evaluated or compared."""
+
+
+class MissingPackageError(HadaCoreError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class CalibrationError(HadaCoreError, ValueError):
+    """Calibration data cannot be read, holds too little text, or does not fit the model."""

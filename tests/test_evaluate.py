@@ -1,4 +1,4 @@
-"""Perplexity against transformers' own loss, and paired differences against numbers worked out by hand."""
+"""Perplexity against transformers' own loss, divergences and differences against plain formulas."""
 
 import math
 
@@ -9,7 +9,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
 from hf_hadacore import evaluate
-from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.errors import EvaluationError
+from hf_hadacore.evaluate import (
+    Estimate,
+    Perplexity,
+    compare,
+    encode,
+    fp32_logits,
+    paired_difference,
+    perplexity,
+)
 
 CONTEXT = 16
 
@@ -81,7 +90,7 @@ def test_encode_leaves_bos_to_the_windows(adds_bos: bool) -> None:
 
 @pytest.mark.parametrize(("tokens", "windows"), [(CONTEXT - 1, None), (2 * CONTEXT, 3), (2 * CONTEXT, 0)])
 def test_texts_that_are_too_short(tokens: int, windows: int | None) -> None:
-    with pytest.raises(ValueError, match=f"{tokens} tokens hold {tokens // CONTEXT} windows of 16"):
+    with pytest.raises(EvaluationError, match=f"{tokens} tokens hold {tokens // CONTEXT} windows of 16"):
         perplexity(make_model("llama"), text(tokens), context=CONTEXT, windows=windows)
 
 
@@ -89,9 +98,9 @@ def test_paired_difference() -> None:
     second = Perplexity(torch.tensor([[1.0, 3.0], [2.0, 2.0], [5.0, 1.0]]))
     first = Perplexity(second.token_nll + torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
     difference = paired_difference(first, second)
-    assert difference.nll == pytest.approx(2.0)
+    assert difference.value == pytest.approx(2.0)
     assert difference.standard_error == pytest.approx(1 / math.sqrt(3))
-    assert paired_difference(second, first).nll == pytest.approx(-2.0)
+    assert paired_difference(second, first).value == pytest.approx(-2.0)
 
 
 def test_one_window_says_nothing_of_the_error() -> None:
@@ -100,5 +109,68 @@ def test_one_window_says_nothing_of_the_error() -> None:
 
 
 def test_results_of_different_windows_are_not_paired() -> None:
-    with pytest.raises(ValueError, match="not paired"):
+    with pytest.raises(EvaluationError, match="not paired"):
         paired_difference(Perplexity(torch.ones(1, 4)), Perplexity(torch.ones(2, 4)))
+
+
+def decided_model(scale: float) -> torch.nn.Module:
+    """A model whose next tokens are far from equally likely."""
+    model = make_model("llama", torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+        model.model.layers[0].mlp.up_proj.weight.mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize("chunk", [256, 5])
+def test_compare(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(evaluate, "_CHUNK", chunk)
+    baseline, model, ids = decided_model(1), decided_model(30), text()
+    options = {"context": CONTEXT, "windows": 3, "bos": 7}
+    expected, (result, same) = compare([model, baseline], baseline, ids, **options)
+    torch.testing.assert_close(expected.token_nll, perplexity(baseline, ids, **options).token_nll)
+    torch.testing.assert_close(result.perplexity.token_nll, perplexity(model, ids, **options).token_nll)
+    assert same.kl == (0, 0) and same.top1_agreement == (1, 0)
+    first = torch.cat([torch.tensor([7]), ids[: CONTEXT - 1]])[None]
+    with torch.no_grad():
+        p, q = (m(first).logits[0, :-1].double().softmax(-1) for m in (baseline, model))
+    torch.testing.assert_close(result.token_kl[0].double(), (p * (p / q).log()).sum(-1), rtol=1e-3, atol=1e-5)
+    assert result.token_kl.min() > 0
+    assert result.same_top1[0].tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert 0 < result.top1_agreement.value < 1
+    by_window = result.token_kl.double().mean(1)
+    assert result.kl.value == pytest.approx(by_window.mean().item())
+    assert result.kl.standard_error == pytest.approx(by_window.std().item() / math.sqrt(3))
+
+
+def test_models_of_other_vocabularies_are_not_compared() -> None:
+    model = make_model("llama", torch.float32)
+    model.resize_token_embeddings(VOCAB_SIZE + 1, mean_resizing=False)
+    with pytest.raises(
+        EvaluationError, match=f"{VOCAB_SIZE + 1} different tokens, the baseline {VOCAB_SIZE}"
+    ):
+        compare([model], make_model("llama", torch.float32), text(), context=CONTEXT)
+
+
+@pytest.mark.transformers_versions
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_fp32_logits(name: str) -> None:
+    model, ids = make_model(name, torch.bfloat16), text(CONTEXT)[None]
+    head = model.get_output_embeddings()
+    weight = head.weight
+    with torch.no_grad():
+        rounded = model(ids).logits
+        hidden = model.model(ids).last_hidden_state
+        with fp32_logits(model):
+            logits = model(ids).logits
+            assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+        assert model(ids).logits.equal(rounded)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight.float().T)
+    assert not logits.bfloat16().float().equal(logits)
+    assert head.weight is weight and not head._forward_pre_hooks
+
+
+def test_estimates() -> None:
+    assert Estimate.of(torch.tensor([True, False, True, True])) == (0.75, pytest.approx(0.25))
+    assert Estimate.of(torch.tensor([2.0, 4.0])) == (3.0, pytest.approx(1.0))
