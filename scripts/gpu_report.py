@@ -30,7 +30,7 @@ def about_this_run(command: str, *packages: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": versions,
     }
 

@@ -33,10 +33,27 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 15) -> float:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # Threads of collective libraries call CUDA, too.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for call in calls:
             call()
     times = [_elapsed(graph.replay) / len(calls) for _ in range(repeats + 3)]
+    return statistics.median(times[3:])
+
+
+def eager_time(calls: Sequence[Callable[[], Any]], repeats: int = 15) -> float:
+    """Median microseconds of one of some calls, made in turn by Python without waiting in between.
+
+    Args:
+        calls: as in `graph_time`.
+        repeats: rounds of all calls.
+    """
+
+    def call_all() -> None:
+        for call in calls:
+            call()
+
+    times = [_elapsed(call_all) / len(calls) for _ in range(repeats + 3)]
     return statistics.median(times[3:])
 
 
