@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,45 @@ def quantize_checkpoint(
     staging.check_is_outside(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = SourceModel(folder, config, dtype=dtype, device=chosen)
+    work = {"quantization config": config.to_dict(), "device": chosen.type}
+    return write_checkpoint(
+        source, staging, src, work, max_shard_size=max_shard_size, progress=progress, label="Quantizing"
+    )
+
+
+def write_checkpoint(
+    source: SourceModel,
+    staging: Staging,
+    src: str | os.PathLike[str],
+    work: Mapping[str, Any],
+    *,
+    max_shard_size: int | str,
+    progress: bool,
+    label: str,
+) -> dict[str, Any]:
+    """Write all units of a source, and give the finished folder its name.
+
+    Args:
+        source: of the tensors.
+        staging: checked.
+        src: what the user calls the source.
+        work: what the tensors depend on, besides the source itself.
+        max_shard_size, progress: as in `quantize_checkpoint`.
+        label: of the progress bar.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: the disk is too small; what there is to resume is other work.
+    """
     plan = plan_shards(
         source.outputs, max_shard_size=max_shard_size, total_parameters=source.total_parameters
     )
-    with staging.open(plan, _fingerprint(folder, source, config, plan, chosen)) as writer:
-        _write_shards(source, writer, progress)
-        report = _report(source, writer.journal, plan, folder, src)
-        _write_small_files(source, plan, report, folder, staging)
+    with staging.open(plan, {**_fingerprint(source, plan), **work}) as writer:
+        _write_shards(source, writer, progress, label)
+        report = _report(source, writer.journal, plan, src)
+        _write_small_files(source, plan, report, staging)
     staging.publish()
     return report
 
@@ -113,25 +146,21 @@ def find_source(src: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _fingerprint(
-    folder: Path, source: SourceModel, config: HadaCoreConfig, plan: ShardPlan, device: torch.device
-) -> dict[str, Any]:
-    """Everything that the output depends on; the keys are what a user reads when it has changed."""
+def _fingerprint(source: SourceModel, plan: ShardPlan) -> dict[str, Any]:
+    """What the output of any work on a source depends on; the keys are what a user reads."""
     shards = hashlib.sha256(json.dumps(plan.sizes).encode())
     for header in plan.headers.values():
         shards.update(header)
     return {
-        "source weights": digest_of_weights(source.headers),
-        "source config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "quantization config": config.to_dict(),
+        "source weights": digest_of_weights(source.stored),
+        "source config": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
         "dtype": str(source.model.dtype),
-        "device": device.type,
         "plan of the shards": shards.hexdigest(),
         "version of hf_hadacore": _version("hf_hadacore"),
     }
 
 
-def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool) -> None:
+def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool, label: str) -> None:
     done = writer.journal.entries
     sizes = {
         unit.name: sum(source.headers[name].nbytes for name in unit.sources.values()) for unit in source.units
@@ -141,7 +170,7 @@ def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool) -> N
         initial=sum(sizes[name] for name in done),
         unit="B",
         unit_scale=True,
-        desc="Quantizing",
+        desc=label,
         disable=not progress,
     ) as bar:
         for unit in source.units:
@@ -155,15 +184,15 @@ def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool) -> N
 
 
 def _report(
-    source: SourceModel, journal: Journal, plan: ShardPlan, folder: Path, src: str | os.PathLike[str]
+    source: SourceModel, journal: Journal, plan: ShardPlan, src: str | os.PathLike[str]
 ) -> dict[str, Any]:
     """What was done, without times and paths: the same run gives the same report."""
     sizes = source.layer_plan.sizes
     total = sum(sizes.values())
     layers = [layer for unit in source.units for layer in journal.entries[unit.name]["layers"]]
-    source_bytes = sum(info.nbytes for info in source.headers.values())
+    source_bytes = sum(info.nbytes for info in source.stored.values())
     return {
-        "source": os.fspath(src) if not Path(src).is_dir() else folder.resolve().name,
+        "source": os.fspath(src) if not Path(src).is_dir() else source.folder.resolve().name,
         "architecture": type(source.model).__name__,
         "quantization_config": source.model.config.quantization_config.to_dict(),
         "dtype": _text(source.model.dtype),
@@ -183,9 +212,9 @@ def _report(
 
 
 def _write_small_files(
-    source: SourceModel, plan: ShardPlan, report: dict[str, Any], folder: Path, staging: Staging
+    source: SourceModel, plan: ShardPlan, report: dict[str, Any], staging: Staging
 ) -> None:
-    staging.copy_small_files(folder)
+    staging.copy_small_files(source.folder)
     model = source.model
     if model.can_generate() and not (staging.folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(staging.folder)

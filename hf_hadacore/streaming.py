@@ -75,7 +75,9 @@ class SourceModel:
         device: where weights are quantized.
 
     Attributes:
-        headers: the source tensors.
+        folder: local checkpoint.
+        stored: what the headers of its files say.
+        headers: the source tensors, as the loader sees them.
         model: the quantized model, on the meta device.
         layer_plan: what is quantized, how, and what is not.
         units: the work, in the order of the model's Parameters.
@@ -97,8 +99,9 @@ class SourceModel:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ):
+        self.folder = folder
         files = checkpoint_files(folder)
-        self.headers = verify_files(files)
+        self.stored = self.headers = verify_files(files)
         model_config = load_model_config(folder)
         model_class = find_model_class(model_config, folder)
         self._device = torch.device(device)
