@@ -31,7 +31,7 @@ import torch.distributed as dist
 import typer
 from check_w4a16 import in_floors
 from gpu_report import about_this_run, write_report
-from ranks import run_ranks
+from rank_processes import run_ranks
 from tp_mlp import (
     DTYPE,
     GROUP,
@@ -120,7 +120,7 @@ def compile_ahead(names: Sequence[str], tokens: Sequence[int], worlds: Sequence[
                         launch(x, *weight[:3], perm, None, GROUP, out, schedule)
 
 
-def measure_mlp(name: str, tokens: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+def measure_mlp(name: str, tokens: Sequence[int], has_one_shot: bool) -> dict[str, list[dict[str, Any]]]:
     """Rows of one MLP on the ranks of this process group."""
     rank, world = dist.get_rank(), dist.get_world_size()
     problem = Problem((SHAPES | SMALL)[name], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -131,7 +131,7 @@ def measure_mlp(name: str, tokens: Sequence[int]) -> dict[str, list[dict[str, An
         "naive": (False, naive),
         "aware": (True, aware),
     }
-    if one_shot.prepare():
+    if has_one_shot:
         variants["one-shot"] = (True, partial(aware, reduce=one_shot.all_reduce))
     rows = []
     for m in tokens:
@@ -182,15 +182,10 @@ def measure_parts(
     return rows
 
 
-def measure_collectives() -> dict[str, Any]:
+def measure_collectives(has_one_shot: bool) -> list[dict[str, Any]]:
     """NCCL's collectives and one-shot all-reduces over sizes; the bytes are those of the result."""
-    world, rows, skipped = dist.get_world_size(), [], {}
-    has_one_shot = one_shot.prepare()
-    try:
-        torchs = TorchOneShot()
-    except RuntimeError as error:
-        skipped["torch-one-shot"] = str(error)[:200]
-        torchs = None
+    world, rows = dist.get_world_size(), []
+    torchs = TorchOneShot() if has_one_shot else None
     for size in SIZES:
         x = torch.zeros(size // 2, dtype=DTYPE, device="cuda")
         part = torch.zeros(size // 2 // world, dtype=DTYPE, device="cuda")
@@ -200,20 +195,15 @@ def measure_collectives() -> dict[str, Any]:
             "all-reduce": times([partial(all_reduce, x)]),
             "all-gather": times([partial(dist.all_gather_into_tensor, torch.empty_like(x), part)]),
         }
-        if has_one_shot and size <= one_shot.MAX_BYTES:
+        if torchs is not None and size <= one_shot.MAX_BYTES:
             row["one-shot"] = times([partial(one_shot.all_reduce, x)])
-        if torchs is not None:
             row["torch-one-shot"] = times([partial(torchs, x.bfloat16())])
         rows.append(row)
-    return {"collectives": rows, "skipped": skipped}
+    return rows
 
 
 class TorchOneShot:
-    """The one-shot all-reduce that torch has: bf16 and fp32 alone, and sums are rounded after every rank.
-
-    Raises:
-        RuntimeError: these ranks cannot share memory.
-    """
+    """The one-shot all-reduce that torch has: bf16 and fp32 alone, and sums are rounded after every rank."""
 
     def __init__(self) -> None:
         from torch.distributed import _symmetric_memory
@@ -227,14 +217,12 @@ class TorchOneShot:
         return torch.ops.symm_mem.one_shot_all_reduce_copy(self.buffer[: len(x)], x, "sum", self.group)
 
 
-def check_one_shot(calls: int = 300) -> dict[str, Any] | None:
+def check_one_shot(calls: int = 300) -> dict[str, Any]:
     """The one-shot all-reduce against sums in the order of the ranks, bit for bit, eager and in a graph.
 
     Returns:
-        How many calls there were and how many of them were wrong on some rank; None where there is none.
+        How many calls there were and how many of them were wrong on some rank.
     """
-    if not one_shot.prepare():
-        return None
     rank, wrong = dist.get_rank(), torch.zeros((), dtype=torch.int64, device="cuda")
     # What all ranks do, and what each does alone: its values, and when it comes.
     draw, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(rank)
@@ -271,19 +259,20 @@ def check_one_shot(calls: int = 300) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def measure(names: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
+def measure(names: Sequence[str], tokens: Sequence[int], with_one_shot: bool) -> dict[str, Any]:
     """Everything that one number of ranks can tell; runs on each of them."""
-    report: dict[str, Any] = {"mlps": [], "parts": [], "collectives": [], "skipped": {}}
+    report: dict[str, Any] = {"mlps": [], "parts": [], "collectives": []}
     world, has_gpu = dist.get_world_size(), torch.cuda.is_available()
+    has_one_shot = with_one_shot and one_shot.prepare()
     if has_gpu:
         compile_ahead(names, tokens, (1, *MODELLED) if world == 1 else (world,))
-    if has_gpu and world > 1:
+    if has_one_shot:
         report["one_shot_check"] = check_one_shot()
     for name in names:
-        for key, rows in measure_mlp(name, tokens).items():
+        for key, rows in measure_mlp(name, tokens, has_one_shot).items():
             report[key] += rows
     if has_gpu and world > 1:
-        report |= measure_collectives()
+        report["collectives"] = measure_collectives(has_one_shot)
     return report
 
 
@@ -354,13 +343,14 @@ def main(
     tp: Annotated[str | None, typer.Option(help="Numbers of ranks; default 1, 2, 4, ... GPUs.")] = None,
     mlp: Annotated[str | None, typer.Option(help="Separated by commas; default all.")] = None,
     tokens: Annotated[str, typer.Option(help="Separated by commas.")] = TOKENS,
+    with_one_shot: Annotated[bool, typer.Option(help="Measure the one-shot all-reduce, too.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
     gpus = torch.cuda.device_count()
     tp = tp or ",".join(str(1 << bit) for bit in range((gpus or 2).bit_length()))
     mlp = mlp or ",".join(SHAPES if gpus else SMALL)
     reports = {
-        world: run_ranks(measure, world, mlp.split(","), [int(m) for m in tokens.split(",")])
+        world: run_ranks(measure, world, mlp.split(","), [int(m) for m in tokens.split(",")], with_one_shot)
         for world in map(int, tp.split(","))
     }
     report: dict[str, Any] = {
@@ -373,12 +363,11 @@ def main(
             for key in ("mlps", "parts", "collectives")
         },
         "one_shot_check": {world: part.get("one_shot_check") for world, part in reports.items()},
-        "skipped": {world: part["skipped"] for world, part in reports.items() if part["skipped"]},
     }
     report["model"] = predictions(report["mlps"], report["parts"], report["collectives"])
     write_report(report, json_file)
     print_tables(report)
-    print({key: report[key] for key in ("device", "one_shot_check", "skipped")})
+    print({key: report[key] for key in ("device", "one_shot_check")})
     failed = failures(reports)
     print("\n".join(failed) or "all results are right")
     raise SystemExit(bool(failed))

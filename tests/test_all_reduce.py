@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from rank_processes import run_ranks
 
 from hf_hadacore.kernels import all_reduce as module
 from hf_hadacore.kernels.all_reduce import MAX_BYTES, all_reduce, prepare

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 from benchmark_tp import failures, measure
-from ranks import run_ranks
+from rank_processes import run_ranks
 from tp_mlp import SMALL, Problem, Share, aware, naive
 from tp_model import CollectiveModel, Timing, fit, predictions
 
 
 def test_both_algorithms_on_two_ranks():
     """Results as exact as one rank's, the same on both ranks, and one all-reduce for TP-aware."""
-    report = run_ranks(measure, 2, list(SMALL), [1, 5])
+    report = run_ranks(measure, 2, list(SMALL), [1, 5], True)
     assert not failures({2: report})
     assert len(report["mlps"]) == 2 * len(SMALL)
     for row in report["mlps"]:
