@@ -39,7 +39,7 @@ def w4a16_tiled(
     """y = x[..., input_perm] W^T + bias, with W = (q - z) * scale stored as int4 tiles.
 
     Differentiable with respect to x and bias. On CUDA fp32 partial products are scaled and the result is
-    rounded once; the same input gives the same bits.
+    rounded once; the same input gives the same bits. For many tokens a scale below 2^-64 counts as 2^-64.
 
     Args:
         x: fp16 or bf16 ``[..., K]``, any strides.
