@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from gpu_report import about_this_run
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -54,6 +55,45 @@ def llama_8b(layers: int) -> LlamaConfig:
     )
 
 
+def meta_model(config: LlamaConfig, quantizer: HadaCoreHfQuantizer | None) -> Any:
+    """A bf16 model on the meta device, as `from_pretrained` makes it before it loads.
+
+    Args:
+        config: of the model.
+        quantizer: swaps linear layers for int4 ones; None leaves them.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if quantizer is not None:
+        torch.set_default_dtype(torch.bfloat16)  # that of the scales, as in from_pretrained
+        quantizer.preprocess_model(model)
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
+def fill_randomly(model: Any, device: str = "cuda") -> None:
+    """Give a model random weights; one that is divided among ranks gets the same ones in every part.
+
+    Args:
+        model: int4 or not.
+        device: where it is.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if values.dtype == torch.int32:
+            values.random_(-(2**31), 2**31 - 1, generator=generator)
+        elif name.endswith("weight_scale"):
+            values.uniform_(0.003, 0.006, generator=generator)
+        elif name.endswith("weight_zero"):
+            values.random_(6, 10, generator=generator)
+        elif values.dim() == 1:
+            values.fill_(1)
+        else:
+            values.normal_(0, 0.02, generator=generator)
+
+
 def make_model(config: LlamaConfig, is_int4: bool) -> Any:
     """A model with random weights on the GPU, made as `from_pretrained` makes it but without files.
 
@@ -61,29 +101,12 @@ def make_model(config: LlamaConfig, is_int4: bool) -> Any:
         config: of the model.
         is_int4: whether linear layers are int4 (the defaults of `HadaCoreConfig`), else all is bf16.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    quantizer = HadaCoreHfQuantizer(HadaCoreConfig(), pre_quantized=True)
-    if is_int4:
-        torch.set_default_dtype(torch.bfloat16)  # that of the scales, as in from_pretrained
-        quantizer.preprocess_model(model)
-        torch.set_default_dtype(torch.float32)
+    quantizer = HadaCoreHfQuantizer(HadaCoreConfig(), pre_quantized=True) if is_int4 else None
+    model = meta_model(config, quantizer)
     model.to_empty(device="cuda")
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to("cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype == torch.int32:
-            parameter.random_(-(2**31), 2**31 - 1, generator=generator)
-        elif name.endswith("weight_scale"):
-            parameter.uniform_(0.003, 0.006, generator=generator)
-        elif name.endswith("weight_zero"):
-            parameter.random_(6, 10, generator=generator)
-        elif parameter.dim() == 1:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(0, 0.02, generator=generator)
-    if is_int4:
+    fill_randomly(model)
+    if quantizer is not None:
         model = quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
     return model

@@ -1,0 +1,54 @@
+"""What the check of several GPUs makes of what it finds, and the checkpoints that it times."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_generate import fill_randomly
+from check_multi_gpu import SHAPES, compare, logits_file, tiny, write_hollow_checkpoint, wrong_rows
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+
+def write_logits(root: Path, differences: dict[str, float]) -> None:
+    """Logits of one place, and others that differ from them by random numbers of some size."""
+    one = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0))
+    for form in ("bf16", "int4"):
+        save_file({"logits": one}, logits_file(root, form, "bf16", "one"))
+        noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+        got = one + differences[form] * noise
+        save_file({"logits": got}, logits_file(root, form, "bf16", "ranks"))
+
+
+@pytest.mark.parametrize(
+    ("differences", "message"),
+    [
+        ({"bf16": 1e-3, "int4": 1.1e-3}, None),
+        ({"bf16": 1e-3, "int4": 1.5e-3}, "bf16 ranks: .* > "),
+        ({"bf16": 1e-3, "int4": 10.0}, "clear tokens differ"),
+        ({"bf16": 1e-3, "int4": float("nan")}, "nan > "),
+        ({"bf16": 0.0, "int4": 0.0}, None),
+    ],
+)
+def test_int4_may_differ_as_bf16_does(tmp_path: Path, differences: dict[str, float], message: str | None):
+    write_logits(tmp_path, differences)
+    found = "\n".join(wrong_rows(compare(tmp_path)))
+    assert re.search(message, found) if message else not found
+
+
+def test_all_shapes_are_llamas():
+    sizes = {name: shape(3).num_hidden_layers for name, shape in SHAPES.items()}
+    assert sizes == dict.fromkeys(SHAPES, 3)
+    assert SHAPES["llama-70b"](80).hidden_size == 8192
+
+
+@pytest.mark.transformers_versions
+def test_a_checkpoint_of_holes_is_loaded_and_filled(tmp_path: Path):
+    size = write_hollow_checkpoint(tmp_path, tiny(2))
+    assert size == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(parameter.any() for parameter in model.parameters())
+    fill_randomly(model, "cpu")
+    assert all(parameter.any() for parameter in model.parameters())
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
