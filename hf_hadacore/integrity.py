@@ -209,7 +209,7 @@ def verify_permutations(headers: Mapping[str, TensorInfo], names: Iterable[str])
     for name in names:
         with safe_open(headers[name].file, "pt") as file:
             perm = file.get_tensor(name)
-        if not torch.equal(perm.sort().values, torch.arange(len(perm), dtype=perm.dtype)):
+        if not torch.equal(perm.sort().values, torch.arange(len(perm), dtype=perm.dtype, device="cpu")):
             problems.append(
                 f"{name}: expected every input from 0 to {len(perm) - 1} once, found {_what_is_wrong(perm)}"
             )
