@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,11 +21,18 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.distributed import tensor_parallel
 from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
+
+# The tensor-parallel style of a Parameter that every rank keeps whole.
+REPLICATE = "replicate"
+if REPLICATE not in tensor_parallel.ALL_PARALLEL_STYLES:
+    as_it_is: Any = tensor_parallel.TensorParallelLayer()
+    tensor_parallel.ALL_PARALLEL_STYLES.register(REPLICATE, as_it_is)
 
 TensorQuantizer = Callable[[PreTrainedModel, str, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -273,3 +281,35 @@ def restore_converters(model: PreTrainedModel) -> None:
     # Without the attribute transformers takes the conversions of the architecture.
     if hasattr(model, "_weight_conversions"):
         del model._weight_conversions
+
+
+def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
+    """The tensor-parallel styles of a model's modules and Parameters, by name with ``*`` for layer numbers.
+
+    Args:
+        model: its own plan is taken, and what the user's `DistributedConfig` says.
+    """
+    given = getattr(getattr(model.config, "distributed_config", None), "tp_plan", None)
+    # Not the property: that of 5.17 wants a plan for expert parallelism.
+    return {**(model._tp_plan or {}), **(given if isinstance(given, dict) else {})}
+
+
+def sum_outputs(module: Any, mesh: DeviceMesh) -> None:
+    """Sum the outputs of fused experts over the ranks, each of which holds a part of every expert.
+
+    What transformers installs for this ("moe_tp_experts") looks for divided Parameters in some versions.
+
+    Args:
+        module: experts; `forward` of its class takes hidden states, indices and weights of the choices.
+        mesh: of the ranks.
+    """
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+    def forward(hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            hidden_states = tensor_parallel._AllReduceBackward.apply(hidden_states, group)
+            weights = tensor_parallel._AllReduceBackward.apply(weights, group)
+        output = type(module).forward(module, hidden_states, index, weights)
+        return tensor_parallel._AllReduceForward.apply(output, group)
+
+    module.forward = forward

@@ -22,6 +22,7 @@ from .kernels import w4a16_experts
 from .kernels.launcher import on_device
 from .kernels.w4a16_launch import Product, compile_product, processors_of
 from .kv_cache import attention_mode
+from .linear import HadaCoreLinear
 from .linear_group import products_of
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -82,7 +83,7 @@ def _jobs(
                     yield module.weight.device, (_norm, (size, dtype, module.formula, m, has_sum))
         elif isinstance(module, FusedMlp):
             first = getattr(module, module.formula.projections[0])
-            size = first.out_features // (1 if len(module.formula.projections) == 2 else 2)
+            size = first.weight.shape[0] // (1 if len(module.formula.projections) == 2 else 2)
             for m in tokens:
                 arguments = (size, first.weight_scale.dtype, module.formula.activation, m)
                 yield first.weight.device, (_activation, arguments)
@@ -110,9 +111,10 @@ def _of_attention(
     module: FusedAttention, config: Any, tokens: Sequence[int]
 ) -> Iterator[tuple[torch.device, Job]]:
     q, k = module.get_submodule("q_proj"), module.get_submodule("k_proj")
-    assert isinstance(q.weight_scale, torch.Tensor) and isinstance(q.weight, torch.Tensor)
+    assert isinstance(q, HadaCoreLinear) and isinstance(k, HadaCoreLinear)
     device, dtype = q.weight.device, q.weight_scale.dtype
-    heads = (q.out_features // module.head_dim, k.out_features // module.head_dim)  # type: ignore[operator]
+    # The rows of the weights: of a rank's own heads under tensor parallelism.
+    heads = (len(q.weight) // module.head_dim, len(k.weight) // module.head_dim)
     shape = (*heads, module.head_dim, dtype)
     mode = attention_mode(config)
     for m in tokens:

@@ -18,6 +18,7 @@ from .int4 import Int4Weight
 from .kernels.w4a16 import w4a16_linear
 from .kernels.w4a16_experts import slots_by_expert, w4a16_experts
 from .kernels.w4a16_tiled import w4a16_tiled
+from .local_shards import LocalShards
 from .tile_order import TileOrdered, may_reorder_weights
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -43,7 +44,7 @@ def projection_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
 
 
-class HadaCoreExperts(TileOrdered):
+class HadaCoreExperts(LocalShards, TileOrdered):
     """Mixin for fused experts with int4 projections.
 
     Made by `swap_experts`, which turns an existing module into a subclass of both this class and its

@@ -167,7 +167,7 @@ def _int4_layers(module: nn.Module, names: tuple[str, ...]) -> list[HadaCoreLine
     """The layers of these names, if their products may be computed together: adapters take their place."""
     layers = [getattr(module, name) for name in names]
     are_plain = all(type(layer) is HadaCoreLinear and _is_bare(layer) for layer in layers)
-    return layers if are_plain else None
+    return layers if are_plain and all(layer.joins_shards for layer in layers) else None
 
 
 class _Ahead(NamedTuple):

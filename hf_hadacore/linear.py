@@ -11,6 +11,7 @@ from .int4 import Int4Weight
 from .kernels.w4a16 import w4a16_linear
 from .kernels.w4a16_cpu import MAX_DECODE_TOKENS, CpuPackedWeight, pack_for_cpu, w4a16_decode_cpu
 from .kernels.w4a16_tiled import w4a16_tiled
+from .local_shards import LocalShards
 from .solvers.rtn import quantize_weight
 from .tile_order import TileOrdered, may_reorder_weights
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .linear_group import LinearGroup
 
 
-class HadaCoreLinear(TileOrdered, nn.Linear):
+class HadaCoreLinear(LocalShards, TileOrdered, nn.Linear):
     """y = x W^T + bias with W stored in the int4 format of `hf_hadacore.int4`.
 
     Only Parameters are held (no buffers), output-major, so that transformers' tensor
@@ -27,6 +28,8 @@ class HadaCoreLinear(TileOrdered, nn.Linear):
     with respect to x is defined, so adapters can be trained on top.
 
     On a GPU whose kernels want another order of the nibbles, `weight` is kept in that order: `TileOrdered`.
+    Under tensor parallelism the Parameters are this rank's part (`LocalShards`); `in_features` and
+    `out_features` stay those of the whole.
 
     Attributes:
         weight: int32 ``[N, K/8]``; read it through `int4_weight`.

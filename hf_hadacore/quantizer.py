@@ -18,6 +18,7 @@ from .kv_layer import ATTENTION_NAMES
 from .layer_plan import LayerPlan, plan_layers
 from .linear import HadaCoreLinear
 from .solvers.rtn import quantize_weight
+from .tensor_parallel import complete_plan, keep_local, tensor_parallel_size
 
 logger = logging.get_logger(__name__)
 
@@ -109,13 +110,26 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             raise ConfigError(
                 f"nothing in {type(model).__name__} can be quantized with this config: {plan.describe()}"
             )
+        self._check_options_for_ranks(model)
         swap_modules(model, plan)
+        complete_plan(model, on_the_fly=not self.pre_quantized)
         self._check_files(model, checkpoint_files)
         for name, parameter in _int4_parameters(model):
             # Not to be drawn at random before loading: `normal_` has no int32 version.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             if not self.pre_quantized and self._is_packed(model, name):
                 _as_load_placeholder(model, name)
+
+    def _check_options_for_ranks(self, model: PreTrainedModel) -> None:
+        if tensor_parallel_size(model) == 1:
+            return
+        if self.quantization_config.dequantize:
+            raise ConfigError("dequantize=True cannot be combined with tensor parallelism")
+        if self._plan.tied_head is not None:
+            raise ConfigError(
+                "quantize_lm_head=True cannot untie the output head under tensor parallelism; quantize "
+                "offline (hadacore quantize SRC DST) and load DST"
+            )
 
     def _check_files(self, model: PreTrainedModel, files: list[str] | None) -> None:
         if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -212,6 +226,7 @@ class HadaCoreHfQuantizer(compat.Quantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.raise_recorded()
+        keep_local(model)
         for name, parameter in _int4_parameters(model):
             # The loader lets every floating-point Parameter require a gradient.
             parameter.requires_grad_(False)
@@ -235,6 +250,8 @@ class HadaCoreHfQuantizer(compat.Quantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # `model.config.dtype` is a string after `save_pretrained`.
         resolved: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if tensor_parallel_size(model) > 1:
+            raise UnsupportedError("a model that is divided among ranks cannot be dequantized")
         for name, module in list(model.named_modules()):
             if not isinstance(module, HadaCoreLinear | HadaCoreExperts):
                 continue

@@ -1,526 +1,210 @@
-"""Reordered channels that no rank has to gather: the TP-aware permutation of arXiv:2402.04925.
+"""What of an int4 model lies on which rank, under the tensor parallelism of transformers.
 
-GPTQ with act-order quantizes the columns of a weight W ``[N, K]`` in an order P of its own, and groups of
-neighbours in that order share a scale. What is stored is ``W[:, P]``, and as a product sums over its columns
-in any order,
+transformers cuts Parameters as a model's plan says: "colwise" layers along their outputs, "rowwise" layers,
+whose partial products are then summed over the ranks, along their inputs. int4 Parameters are output-major,
+so that packed weights, scales and zeros are all cut in the same place. `complete_plan` checks that no group
+is cut in two and says what has to be whole on every rank; `keep_local` is for after loading.
 
-    W x = W[:, P] x[P].
-
-Who computes ``x[P]``? In a gated MLP ``W2 (act(G x) * (U x))`` under tensor parallelism every rank holds some
-rows of G and U and the same columns of W2. ``h[P2]`` of h = act(G x) * (U x) takes channels from every rank:
-the naive way gathers h, permutes it and splits it again. But act and ``*`` work channel by channel, so
-
-    h[P2] = act(G[P2] x) * (U[P2] x):
-
-with its *rows* (weights, scales, zeros, biases) in the order P2, the producer's outputs come out permuted.
-Nothing is left to do at run time, and rank r's rows of G and U go with its columns of W2 for any number of
-ranks that cuts no group. The same holds for every expert of a mixture.
-
-The order P1 in which G and U read x is one for both, because they see the same inputs and so have the same
-Hessian; so is that of q, k and v. Their x is the same on every rank: the kernel reads ``x[P1]`` in place,
-with P1 stored beside the weight as `input_perm`.
-
-The inputs of o_proj are the heads' outputs, sums of rows of v with weights that are one for a whole head: the
-channels of v may be permuted within a head, and all query heads of a KV head get that head's order,
-
-    P(h d + i) = h d + p_j(i)  for query head h of KV head j,  v's rows  j d + p_j(i).
-
-Heads stay where they are, on their rank and with their q and k.
-
-Whether a module computes what this needs is found by running it: `permutation_groups`.
+Why act-order needs nothing to be gathered: `permutation`.
 """
 
-import sys
-from typing import Any, NamedTuple, TypeVar
+import re
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from . import int4
-from .errors import FormatError
-from .experts import expert_projections
-from .int4 import Int4Weight
+from . import compat, int4
+from .errors import ShardingError, UnsupportedError
+from .experts import HadaCoreExperts
 from .linear import HadaCoreLinear
-from .probing import ProbedConfig, Projection, Random, registered, run_own_forward, stand_in
+from .permutation import PermutationGroup, permute_inputs, permute_outputs
+from .permutation_search import permutation_groups
 
-# Producers and their consumer: Llama and most others, Phi-3, Nemotron, Phi, GPTBigCode, unfused Mixtral.
-_MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("gate_up_proj",), "down_proj"),
-    (("up_proj",), "down_proj"),
-    (("fc1",), "fc2"),
-    (("c_fc",), "c_proj"),
-    (("w1", "w3"), "w2"),
-)
-_ATTENTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("q_proj", "k_proj", "v_proj"), "o_proj"),
-    (("q_proj", "k_proj", "v_proj"), "dense"),
-    (("qkv_proj",), "o_proj"),
-)
-# Other parts of an MLP or attention are filled with random values: norms, not large matrices.
-_MAX_OTHER_ELEMENTS = 1 << 20
+__all__ = [
+    "PermutationGroup",
+    "check_inputs",
+    "complete_plan",
+    "keep_local",
+    "permutation_groups",
+    "permute_inputs",
+    "permute_outputs",
+    "tensor_parallel_size",
+]
 
-_Rows = TypeVar("_Rows", torch.Tensor, Int4Weight)
+_MAX_RANKS_LISTED = 64
 
 
-class PermutationGroup(NamedTuple):
-    """Weights that are permuted together.
-
-    Attributes:
-        consumers: names of the layers whose columns get one order P; they read the same input.
-        producers: names of the layers whose rows are put in that order, so that the consumers' input comes in
-            it; empty if the consumers store P as `input_perm`.
-        head_dim: d: P moves channels within blocks of d only. None: anywhere.
-        repeats: r: so many consecutive blocks (the query heads of a KV head) share one order.
-        interleaved: whether rows 2i and 2i + 1 of the producer belong to channel i.
-
-    Names are those of modules (`nn.Linear` or `HadaCoreLinear`), or of the Parameters of fused experts
-    ``[E, N, K]``: then every expert has an order of its own, ``[E, K]``.
-    """
-
-    consumers: tuple[str, ...]
-    producers: tuple[str, ...]
-    head_dim: int | None = None
-    repeats: int = 1
-    interleaved: bool = False
-
-    def output_order(self, order: torch.Tensor, rows: int) -> torch.Tensor:
-        """The order of a producer's rows, for `permute_outputs`.
-
-        Args:
-            order: integer ``[..., K]``, P: the consumers' column i is the natural column ``order[..., i]``.
-            rows: N of the producer: a multiple of K, of which each K rows are permuted alike; with `head_dim`
-                K / r, behind any number of rows that stay where they are (q and k of a fused projection).
-
-        Returns:
-            int64 ``[..., N]``.
-
-        Raises:
-            FormatError: the order leaves a head, or heads that share one differ.
-        """
-        order = order.long()
-        k = order.shape[-1]
-        if self.head_dim is not None:
-            heads = order.unflatten(-1, (-1, self.repeats, self.head_dim))
-            starts = torch.arange(0, k, self.head_dim, device=order.device).view(-1, self.repeats, 1)
-            within = heads - starts
-            if within.amin() < 0 or within.amax() >= self.head_dim or (within != within[..., :1, :]).any():
-                raise FormatError(
-                    f"the order of {self.consumers[0]}'s inputs must stay within heads of {self.head_dim} "
-                    f"channels and be one for each {self.repeats} consecutive heads"
-                )
-            fixed = rows - k // self.repeats
-            values = (within[..., 0, :] + starts[:, 0] // self.repeats + fixed).flatten(-2)
-            front = torch.arange(fixed, device=order.device).expand(*order.shape[:-1], fixed)
-            return torch.cat((front, values), dim=-1)
-        if self.interleaved:
-            return torch.stack((2 * order, 2 * order + 1), dim=-1).flatten(-2)
-        return torch.cat([order + start for start in range(0, rows, k)], dim=-1)
+def tensor_parallel_size(model: PreTrainedModel) -> int:
+    """The number of ranks among which `from_pretrained(distributed_config=...)` divides a model."""
+    return getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
 
 
-def permute_outputs(
-    weight: _Rows, bias: torch.Tensor | None, order: torch.Tensor
-) -> tuple[_Rows, torch.Tensor | None]:
-    """A layer whose output i is the given layer's output ``order[i]``.
+def complete_plan(model: PreTrainedModel, *, on_the_fly: bool) -> None:
+    """Check that a model can be divided as its plan says, and add to the plan what int4 modules need.
 
     Args:
-        weight: int4, or ``[..., N, K]`` of any dtype.
-        bias: ``[..., N]``.
-        order: int64 ``[N]`` or, one for each expert, ``[E, N]``; see `PermutationGroup.output_order`.
+        model: on meta, with int4 modules, not distributed yet.
+        on_the_fly: whether the ranks quantize their own parts.
 
-    Returns:
-        Weight and bias, copies with the same scales and zeros for the same rows.
+    Raises:
+        ShardingError: naming a layer that this number of ranks cuts within a group, an int4 word or a head,
+            or whose order of inputs goes across ranks, and the numbers of ranks that work.
+        UnsupportedError: fused experts whose Parameters are input-major are to be quantized and divided.
     """
-
-    def permute(rows: torch.Tensor) -> torch.Tensor:
-        if order.dim() == 1:
-            return rows.index_select(-2, order)
-        return rows.take_along_dim(order.unsqueeze(-1), dim=-2)
-
-    permuted = None if bias is None else permute(bias.unsqueeze(-1)).squeeze(-1)
-    if not isinstance(weight, Int4Weight):
-        return permute(weight), permuted
-    zero = None if weight.zero is None else permute(weight.zero)
-    return weight._replace(packed=permute(weight.packed), scale=permute(weight.scale), zero=zero), permuted
-
-
-def permute_inputs(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The columns of a weight in another order: what is quantized, and what undoes it with the inverse.
-
-    Args:
-        weight: ``[..., N, K]``.
-        order: int64 ``[K]`` or, one for each expert, ``[E, K]``.
-
-    Returns:
-        ``weight[..., order]``, a copy.
-    """
-    if order.dim() == 1:
-        return weight.index_select(-1, order)
-    return weight.take_along_dim(order.unsqueeze(-2), dim=-1)
-
-
-def permutation_groups(model: nn.Module) -> list[PermutationGroup]:
-    """Which weights of a model can be permuted together.
-
-    MLPs, experts and attention are looked up by the names of their layers and then run, with stand-ins for
-    the layers: a group is only returned if permuted outputs of its producers, and nothing else, permute the
-    consumer's input. What is not recognized is in no group, and its columns have to stay where they are.
-
-    Args:
-        model: on any device, meta included; quantized or not.
-    """
-    shared = _shared_parameters(model)
-    text_config: Any = getattr(model, "config", None)
-    if hasattr(text_config, "get_text_config"):
-        text_config = text_config.get_text_config(decoder=True)
-    # Values of a layer that later layers read again have several consumers, each with an order of its own.
-    reuses_values = bool(getattr(text_config, "num_kv_shared_layers", 0))
-    known: dict[Any, list[PermutationGroup]] = {}
-    groups: list[PermutationGroup] = []
+    ranks = tensor_parallel_size(model)
+    if ranks == 1:
+        return
+    plan = compat.tensor_parallel_plan(model)
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        for group in _groups_within(module, reuses_values, known):
-            members = (*group.consumers, *group.producers)
-            if not any(id(p) in shared for part in members for p in _parameters_of(module, part)):
-                groups.append(
-                    group._replace(
-                        consumers=tuple(prefix + part for part in group.consumers),
-                        producers=tuple(prefix + part for part in group.producers),
-                    )
-                )
-    return groups
+        rules: dict[str, str] = {}
+        if isinstance(module, HadaCoreLinear):
+            rules = _rules_of_linear(name, module, ranks, _style(plan, name), on_the_fly)
+        elif isinstance(module, HadaCoreExperts):
+            rules = _rules_of_experts(name, module, ranks, plan, on_the_fly)
+        elif "k_proj" in module._modules and _style(plan, f"{name}.k_proj") == "colwise":
+            _check_heads(name, module, ranks)
+        model._tp_plan.update({_generic(f"{name}.{leaf}"): style for leaf, style in rules.items()})  # type: ignore[union-attr]
 
 
-def _groups_within(
-    module: nn.Module, reuses_values: bool, known: dict[Any, list[PermutationGroup]]
-) -> list[PermutationGroup]:
-    """The groups of a module's own layers.
+def keep_local(model: PreTrainedModel) -> None:
+    """Let the int4 modules of a loaded model hold their parts as plain tensors, which kernels can read.
 
     Args:
-        module: any module.
-        reuses_values: whether outputs of v_proj may be read by other layers, too.
-        known: results by `_signature`: the layers of a model are alike.
+        model: loaded, distributed or not.
     """
-    if expert_projections(module):
-        return _experts_groups(module)
-    mlps = [pattern for pattern in _MLPS if _linears(module, (*pattern[0], pattern[1]))]
-    attentions = [pattern for pattern in _ATTENTIONS if _linears(module, (*pattern[0], pattern[1]))]
-    if not (mlps or attentions):
-        return []
-    signature = _signature(module)
-    if signature not in known:
-        found: list[PermutationGroup] = []
-        for producers, consumer in mlps:
-            found = found or _mlp_groups(module, producers, consumer)
-        for producers, consumer in attentions:
-            found = found or _attention_groups(module, producers, consumer, reuses_values)
-        known[signature] = found
-    return known[signature]
-
-
-def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """What tells modules apart that compute something else: classes, shapes and plain attributes."""
-    return tuple(
-        (
-            name,
-            type(part),
-            id(getattr(part, "config", None)),
-            tuple((key, tuple(p.shape)) for key, p in part.named_parameters(recurse=False)),
-            tuple(
-                (key, value)
-                for key, value in part.__dict__.items()
-                if isinstance(value, bool | int | float | str) and key != "layer_idx"
-            ),
-        )
-        for name, part in module.named_modules()
-    )
-
-
-def _parameters_of(module: nn.Module, part: str) -> list[nn.Parameter]:
-    child = module._modules.get(part)
-    own = module._parameters.get(part)
-    return list(child.parameters()) if child is not None else [] if own is None else [own]
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the Parameters that more than one module, or children of more than one module, hold."""
-    places: dict[int, set[tuple[int, int]]] = {}
-    for module in model.modules():
-        for child in module.children():
-            for parameter in child.parameters(recurse=False):
-                places.setdefault(id(parameter), set()).add((id(module), id(child)))
-    return {key for key, found in places.items() if len(found) > 1}
-
-
-def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
-    """The children of these names; empty if one is missing or computes something of its own."""
-    found = [module._modules.get(name) for name in names]
-    linears = [m for m in found if isinstance(m, nn.Linear) and type(m) in (nn.Linear, HadaCoreLinear)]
-    return linears if len(linears) == len(names) else []
-
-
-class _Recorder(nn.Module):
-    """Stands for a linear layer that keeps its input and may put its outputs in another order."""
-
-    def __init__(self, projection: Projection):
-        super().__init__()
-        self.projection = projection
-        self.order: torch.Tensor | None = None
-        self.inputs: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.inputs.append(x)
-        y = self.projection(x)
-        return y if self.order is None else y[..., self.order]
-
-
-class _Probe:
-    """A module with stand-ins for its linear layers.
-
-    Args:
-        module: left as it is.
-        names: of the layers.
-        parts: other replacements.
-    """
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...], **parts: Any):
-        self.random = Random(torch.float32)
-        self.layers = {
-            name: _Recorder(Projection(layer.out_features, self.random))
-            for name, layer in zip(names, _linears(module, names), strict=True)
-        }
-        others = {name: child for name, child in module._modules.items() if name not in self.layers and child}
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        self.is_small = own + sum(p.numel() for m in others.values() for p in m.parameters()) < (
-            _MAX_OTHER_ELEMENTS
-        )
-        if self.is_small:
-            filled = {name: _filled(child, self.random) for name, child in others.items()}
-            self.module = stand_in(_filled_alone(module, self.random), **filled, **self.layers, **parts)
-
-    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor] | None:
-        """What each layer is called with in the module's own forward; None unless once each."""
-        for layer in self.layers.values():
-            layer.inputs = []
-        if not self.is_small or run_own_forward(self.module, *args, **kwargs) is None:
-            return None
-        if any(len(layer.inputs) != 1 for layer in self.layers.values()):
-            return None
-        return {name: layer.inputs[0] for name, layer in self.layers.items()}
-
-
-def _filled_alone(module: nn.Module, random: Random) -> nn.Module:
-    """A stand-in with random Parameters and floating-point buffers of its own."""
-
-    def fill(value: torch.Tensor | None) -> torch.Tensor | None:
-        if value is None or not value.is_floating_point():
-            return None if value is None or value.is_meta else value.cpu()
-        return random(*value.shape)
-
-    tensors = {**module._parameters, **module._buffers}
-    return stand_in(module, **{name: fill(value) for name, value in tensors.items()})
-
-
-def _filled(module: nn.Module, random: Random) -> nn.Module:
-    children = {name: _filled(child, random) for name, child in module._modules.items() if child is not None}
-    return stand_in(_filled_alone(module, random), **children)
-
-
-def _is_permuted(
-    probe: _Probe, group: PermutationGroup, order: torch.Tensor, *args: Any, **kwargs: Any
-) -> bool:
-    """Whether producers with permuted outputs permute the consumer's input, and change nothing else."""
-    (consumer,) = group.consumers
-    natural = probe.inputs(*args, **kwargs)
-    for name in group.producers:
-        layer = probe.layers[name]
-        layer.order = group.output_order(order, layer.projection.factors.shape[0])
-    permuted = probe.inputs(*args, **kwargs)
-    for name in group.producers:
-        probe.layers[name].order = None
-    if natural is None or permuted is None or natural[consumer].shape[-1] != len(order):
-        return False
-    return all(
-        natural[name].shape == seen.shape
-        and torch.allclose(
-            seen, natural[name][..., order] if name == consumer else natural[name], rtol=1e-4, atol=1e-5
-        )
-        for name, seen in permuted.items()
-    )
-
-
-def _reads_alike(probe: _Probe, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    seen = probe.inputs(*args, **kwargs)
-    return seen is not None and all(torch.equal(seen[name], x) for name in names)
-
-
-def _shuffled(k: int, block: int | None = None, repeats: int = 1) -> torch.Tensor:
-    """A seeded order of k channels; within blocks, and the same for so many of them, if asked for."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    block = block or k
-    orders = [torch.randperm(block, generator=generator) for _ in range(k // (block * repeats))]
-    heads = torch.stack(orders).repeat_interleave(repeats, dim=0)
-    return (heads + torch.arange(0, k, block)[:, None]).flatten()
-
-
-def _mlp_groups(module: nn.Module, producers: tuple[str, ...], consumer: str) -> list[PermutationGroup]:
-    layers = _linears(module, (*producers, consumer))
-    if not layers:
-        return []
-    first, k = layers[0], layers[-1].in_features
-    if any(layer.in_features != first.in_features or layer.out_features % k for layer in layers[:-1]):
-        return []
-    probe = _Probe(module, (*producers, consumer))
-    x = probe.random(1, 2, first.in_features)
-    groups = [PermutationGroup(producers, ())] if _reads_alike(probe, producers, x, x) else []
-    order = _shuffled(k)
-    for interleaved in (False, True) if first.out_features == 2 * k else (False,):
-        group = PermutationGroup((consumer,), producers, interleaved=interleaved)
-        if _is_permuted(probe, group, order, x):
-            return [*groups, group]
-    return groups
-
-
-def _attention_groups(
-    module: nn.Module, producers: tuple[str, ...], consumer: str, reuses_values: bool
-) -> list[PermutationGroup]:
-    layers = _linears(module, (*producers, consumer))
-    head_dim, config = getattr(module, "head_dim", None), getattr(module, "config", None)
-    functions = getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
-    if not layers or not isinstance(head_dim, int) or functions is None:
-        return []
-    k, rows = layers[-1].in_features, layers[-2].out_features
-    values = rows if len(producers) == 3 else (rows - k) // 2
-    if values <= 0 or k % values or values % head_dim or k % head_dim:
-        return []
-    probe = _Probe(module, (*producers, consumer), config=ProbedConfig(config))
-    x = probe.random(2, 3, layers[0].in_features)
-    arguments: dict[str, Any] = {"hidden_states": x, "attention_mask": None, "past_key_values": None}
-    baked = PermutationGroup((consumer,), producers[-1:], head_dim, k // values)
-    with registered(functions, _attend):
-        # Models whose halves of a head share a sine keep it once, and some rotate a part of a head only.
-        for width in (head_dim, head_dim // 2, head_dim // 4):
-            cos, sin = probe.random(2, 3, width), probe.random(2, 3, width)
-            arguments["position_embeddings"] = (cos, sin)
-            if not _reads_alike(probe, producers, x, **arguments):
-                continue
-            groups = [PermutationGroup(producers, ())]
-            order = _shuffled(k, head_dim, k // values)
-            if not reuses_values and _is_permuted(probe, baked, order, **arguments):
-                groups.append(baked)
-            return groups
-    return []
-
-
-def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """Plain attention of every token to all, as an attention function of transformers."""
-    output = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    return output.transpose(1, 2), None
-
-
-def _experts_groups(module: nn.Module) -> list[PermutationGroup]:
-    first, consumer = expert_projections(module)
-    is_int4 = module.get_parameter(first).dtype == torch.int32
-    shape = module.get_parameter(consumer).shape
-    if is_int4:
-        k = shape[-1] * int4.NIBBLES_PER_WORD
-    else:
-        k = shape[1] if module.is_transposed else shape[2]
-    order = _shuffled(k)
-    x = Random(torch.float32)(3, (2 if module.has_gate else 1) * k)
-    experts: Any = module
-    activate = experts._apply_gate if module.has_gate else experts.act_fn
-    for interleaved in (False, True) if module.has_gate else (False,):
-        group = PermutationGroup((consumer,), (first,), interleaved=interleaved)
-        try:
-            natural, permuted = activate(x), activate(x[:, group.output_order(order, x.shape[1])])
-        except Exception:
-            # A gate with Parameters of its own, for example.
-            return []
-        if torch.allclose(permuted, natural[:, order], rtol=1e-4, atol=1e-5):
-            return [group]
-    return []
-
-
-def slice_outputs(
-    weight: Int4Weight, bias: torch.Tensor | None, rank: int, ranks: int, *, name: str = "weight"
-) -> tuple[Int4Weight, torch.Tensor | None]:
-    """A rank's rows of a column-parallel layer.
-
-    Args:
-        weight: ``[N, K]``.
-        bias: ``[N]``.
-        rank: from 0.
-        ranks: their number, which divides N.
-        name: how errors call the weight.
-
-    Raises:
-        FormatError: the rows cannot be divided evenly.
-    """
-    n = weight.packed.shape[-2]
-    if n % ranks:
-        raise FormatError(f"{name}: {n} outputs cannot be divided among {ranks} ranks")
-
-    def cut(rows: torch.Tensor, dim: int = -2) -> torch.Tensor:
-        return rows.chunk(ranks, dim)[rank].contiguous()
-
-    zero = None if weight.zero is None else cut(weight.zero)
-    part = weight._replace(packed=cut(weight.packed), scale=cut(weight.scale), zero=zero)
-    return part, None if bias is None else cut(bias, -1)
-
-
-def slice_inputs(weight: Int4Weight, rank: int, ranks: int, *, name: str = "weight") -> Int4Weight:
-    """A rank's columns of a row-parallel layer.
-
-    Args:
-        weight: ``[N, K]``.
-        rank: from 0.
-        ranks: their number.
-        name: how errors call the weight.
-
-    Raises:
-        FormatError: a rank's part would begin within a group, see `check_inputs`.
-    """
-    check_inputs(weight.in_features, weight.group_size, ranks, name=name)
-
-    def cut(columns: torch.Tensor) -> torch.Tensor:
-        return columns.chunk(ranks, -1)[rank].contiguous()
-
-    zero = None if weight.zero is None else weight.zero
-    if weight.scale.shape[-1] == 1:
-        return weight._replace(packed=cut(weight.packed))
-    return weight._replace(
-        packed=cut(weight.packed), scale=cut(weight.scale), zero=None if zero is None else cut(zero)
-    )
+    for name, module in model.named_modules():
+        if not isinstance(module, HadaCoreLinear | HadaCoreExperts):
+            continue
+        mesh = next((p.device_mesh for p in module.parameters(recurse=False) if isinstance(p, DTensor)), None)
+        if mesh is None:
+            continue
+        style = _style(compat.tensor_parallel_plan(model), name)
+        module.keep_local_shards(joins=style == "colwise")
+        if isinstance(module, HadaCoreExperts) and style == "moe_tp_experts":
+            compat.sum_outputs(module, mesh)
 
 
 def check_inputs(in_features: int, group_size: int, ranks: int, *, name: str) -> None:
-    """Check that the columns of a weight can be divided among ranks without cutting a group.
+    """Check that the columns of a weight can be divided among ranks without cutting a group or a word.
 
     Args:
         in_features: K.
-        group_size: g, or -1: one group, which every rank may have a copy of.
+        group_size: g, or -1: one group, of whose scale every rank has a copy.
         ranks: their number.
         name: of the layer, for the error.
 
     Raises:
-        FormatError: naming the layer, K, g and the numbers of ranks that work.
+        ShardingError: naming the layer, K, g and the numbers of ranks that work.
     """
-    if not _divides(in_features, group_size, ranks):
-        sizes = [n for n in range(1, in_features // int4.NIBBLES_PER_WORD + 1) if n <= 64]
-        work = [str(n) for n in sizes if _divides(in_features, group_size, n)]
-        raise FormatError(
-            f"{name}: {ranks} ranks would cut a group: {in_features} inputs are quantized in groups of "
-            f"{group_size}; sizes that work: {', '.join(work)}"
-        )
+    if _divides(in_features, group_size, ranks):
+        return
+    size = "one group" if group_size == -1 else f"groups of {group_size}"
+    raise ShardingError(
+        f"{name}: tp_size={ranks} would divide its {in_features} inputs within a group (they are quantized "
+        f"in {size}, eight in a word); {_that_work(lambda n: _divides(in_features, group_size, n))}"
+    )
 
 
 def _divides(in_features: int, group_size: int, ranks: int) -> bool:
     if in_features % (ranks * int4.NIBBLES_PER_WORD):
         return False
-    return (
-        ranks == 1 or int4.num_groups(in_features, group_size) == 1 or not in_features // ranks % group_size
-    )
+    if ranks == 1 or int4.num_groups(in_features, group_size) == 1:
+        return True
+    return in_features // ranks % group_size == 0
+
+
+def _that_work(works: Any) -> str:
+    sizes = ", ".join(str(n) for n in range(1, _MAX_RANKS_LISTED + 1) if works(n))
+    return f"sizes that work for it: {sizes}"
+
+
+def _generic(name: str) -> str:
+    """A name as plans spell it, with its layer numbers as ``*``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _style(plan: Mapping[str, str], name: str) -> str:
+    return plan.get(_generic(name), "")
+
+
+def _check_outputs(name: str, outputs: int, ranks: int) -> None:
+    if outputs % ranks:
+        raise ShardingError(
+            f"{name}: its {outputs} outputs cannot be divided evenly by tp_size={ranks}; "
+            f"{_that_work(lambda n: outputs % n == 0)}"
+        )
+
+
+def _check_heads(name: str, module: nn.Module, ranks: int) -> None:
+    head_dim, k_proj = getattr(module, "head_dim", None), module.get_submodule("k_proj")
+    if not isinstance(head_dim, int) or not isinstance(k_proj, nn.Linear):
+        return
+    heads = k_proj.out_features // head_dim
+    if heads % ranks:
+        raise ShardingError(
+            f"{name}: its {heads} key/value heads cannot be divided evenly by tp_size={ranks}; "
+            f"{_that_work(lambda n: heads % n == 0)}"
+        )
+
+
+def _check_single_group(name: str, module: HadaCoreLinear | HadaCoreExperts, on_the_fly: bool) -> None:
+    """A scale of all ranks' inputs cannot be found by ranks that see their own inputs only."""
+    if on_the_fly:
+        raise ShardingError(
+            f"{name}: with group_size={module.group_size} all its inputs share a scale, which ranks that "
+            "hold a part of them cannot choose; use a smaller group, or quantize offline (hadacore quantize)"
+        )
+
+
+def _rules_of_linear(
+    name: str, layer: HadaCoreLinear, ranks: int, style: str, on_the_fly: bool
+) -> dict[str, str]:
+    """Styles of a layer's Parameters that differ from the layer's own."""
+    whole: list[str] = []
+    if style.startswith("rowwise"):
+        check_inputs(layer.in_features, layer.group_size, ranks, name=name)
+        if layer.input_perm is not None:
+            raise ShardingError(
+                f"{name}: its inputs are read in an order (input_perm) that goes across the ranks of a "
+                "rowwise layer; bake it into the rows of the layers before (hadacore quantize and hadacore "
+                "convert do), or load with device_map instead of tp_size"
+            )
+        if layer.weight_scale.shape[-1] == 1:
+            _check_single_group(name, layer, on_the_fly)
+            whole = ["weight_scale", "weight_zero"]
+    elif "colwise" in style:
+        _check_outputs(name, layer.out_features, ranks)
+        whole = ["input_perm"]
+    return {leaf: compat.REPLICATE for leaf in whole if layer._parameters[leaf] is not None}
+
+
+def _rules_of_experts(
+    name: str, module: HadaCoreExperts, ranks: int, plan: Mapping[str, str], on_the_fly: bool
+) -> dict[str, str]:
+    """Styles of scales and zeros, which no plan knows."""
+    rules: dict[str, str] = {}
+    for projection in module.projections:
+        full_name = f"{name}.{projection}"
+        style = _style(plan, full_name)
+        if style not in ("colwise", "packed_colwise", "rowwise"):
+            continue
+        if module.is_transposed:
+            raise UnsupportedError(
+                f"{full_name}: {type(module).__name__} keeps its weights input-major, and the plan divides "
+                "them; load with device_map instead of tp_size, or skip it (modules_to_not_convert)"
+            )
+        _, rows, words = module.get_parameter(projection).shape
+        if style == "rowwise":
+            check_inputs(words * int4.NIBBLES_PER_WORD, module.group_size, ranks, name=full_name)
+            if module._group_values(projection)[0].shape[-1] == 1:
+                _check_single_group(full_name, module, on_the_fly)
+                style = compat.REPLICATE
+        else:
+            _check_outputs(full_name, rows // (2 if style == "packed_colwise" else 1), ranks)
+        for suffix in ("_scale", "_zero"):
+            if module._parameters[projection + suffix] is not None:
+                rules[projection + suffix] = style
+    return rules
