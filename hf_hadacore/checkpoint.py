@@ -9,22 +9,47 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ._version import __version__
+from .calibrated import open_source
+from .calibration import Calibration
 from .config import HadaCoreConfig
 from .errors import CheckpointError
+from .integrity import TensorInfo
+from .layer_plan import LayerPlan
+from .layer_record import LayerRecord
 from .shard_writer import Journal, ShardPlan, ShardWriter, plan_shards
 from .staging import COPIED_NAMES, COPIED_SUFFIXES, Staging, digest_of_weights
-from .streaming import SourceModel
+from .streaming import Unit
 
 _PACKAGES = ("hf_hadacore", "transformers", "torch", "safetensors")
+
+
+class Source(Protocol):
+    """What a checkpoint is written from; see `SourceModel` for the attributes."""
+
+    folder: Path
+    stored: dict[str, TensorInfo]
+    headers: dict[str, TensorInfo]
+    model: PreTrainedModel
+    layer_plan: LayerPlan
+    units: list[Unit]
+    total_parameters: int
+    unused: list[str]
+    outputs: dict[str, torch.Tensor]
+    provenance: dict[str, Any]
+    read_back: Callable[[str], torch.Tensor]
+
+    def realise(self, unit: Unit) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
+        """The tensors of one unit under their names on disk, and a record of each int4 weight."""
 
 
 def quantize_checkpoint(
@@ -37,11 +62,13 @@ def quantize_checkpoint(
     resume: bool = False,
     progress: bool = True,
     device: str | torch.device | None = "cpu",
+    calibration: Calibration | torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Quantize a full-precision checkpoint and write the int4 checkpoint that `from_pretrained` loads.
 
-    The tensors are those of `from_pretrained(src, quantization_config=config)` and `save_pretrained`, bit
-    for bit. Memory is needed for one Parameter at a time.
+    With method "rtn" the tensors are those of `from_pretrained(src, quantization_config=config)` and
+    `save_pretrained`, bit for bit, and memory is needed for one Parameter at a time. "gptq" needs calibration
+    data, and memory for one decoder layer, the Hessian of an input and the hidden states of all samples.
 
     Args:
         src: a local folder with safetensors weights, or a model id on the Hub.
@@ -52,6 +79,7 @@ def quantize_checkpoint(
         resume: continue a run that was interrupted; with nothing to continue, start one.
         progress: show a progress bar with the time left.
         device: where weights are quantized; None takes the GPU if there is one.
+        calibration: for method "gptq", text or tokens (int64 ``[samples, length]``).
 
     Returns:
         The report, which also lies in DST as `quantization_report.json`.
@@ -59,8 +87,10 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: the source is damaged, incomplete, already quantized or not in safetensors; dst
             exists or lies in src; the disk is too small; what there is to resume is other work.
-        ConfigError: the config does not fit the model.
-        QuantizationError: a weight holds NaN or infinite values.
+        ConfigError: the config does not fit the model, or calibration does not fit the method.
+        CalibrationError: the calibration data cannot be read, or there is too little of it.
+        QuantizationError: weights or hidden states hold NaN or infinite values.
+        UnsupportedError: method "gptq" and a model that is no stack of decoder layers.
     """
     staging = Staging(dst, resume=resume)
     if (finished := staging.finish_renamed()) is not None:
@@ -69,15 +99,15 @@ def quantize_checkpoint(
     folder = find_source(src)
     staging.check_is_outside(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = SourceModel(folder, config, dtype=dtype, device=chosen)
-    work = {"quantization config": config.to_dict(), "device": chosen.type}
+    source = open_source(folder, config, calibration, dtype=dtype, device=chosen)
+    work = {"quantization config": config.to_dict(), "device": chosen.type, **source.provenance}
     return write_checkpoint(
         source, staging, src, work, max_shard_size=max_shard_size, progress=progress, label="Quantizing"
     )
 
 
 def write_checkpoint(
-    source: SourceModel,
+    source: Source,
     staging: Staging,
     src: str | os.PathLike[str],
     work: Mapping[str, Any],
@@ -146,7 +176,7 @@ def find_source(src: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _fingerprint(source: SourceModel, plan: ShardPlan) -> dict[str, Any]:
+def _fingerprint(source: Source, plan: ShardPlan) -> dict[str, Any]:
     """What the output of any work on a source depends on; the keys are what a user reads."""
     shards = hashlib.sha256(json.dumps(plan.sizes).encode())
     for header in plan.headers.values():
@@ -160,7 +190,7 @@ def _fingerprint(source: SourceModel, plan: ShardPlan) -> dict[str, Any]:
     }
 
 
-def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool, label: str) -> None:
+def _write_shards(source: Source, writer: ShardWriter, progress: bool, label: str) -> None:
     done = writer.journal.entries
     sizes = {
         unit.name: sum(source.headers[name].nbytes for name in unit.sources.values()) for unit in source.units
@@ -173,19 +203,20 @@ def _write_shards(source: SourceModel, writer: ShardWriter, progress: bool, labe
         desc=label,
         disable=not progress,
     ) as bar:
+        source.read_back = writer.read
         for unit in source.units:
             if unit.name in done:
                 continue
             tensors, records = source.realise(unit)
-            writer.write(unit.name, tensors, {"layers": [record._asdict() for record in records]})
+            writer.write(unit.name, tensors, {"layers": [record.as_json() for record in records]})
             bar.update(sizes[unit.name])
+            if errors := [record.calibration.output_error for record in records if record.calibration]:
+                bar.set_postfix_str(f"{unit.name}: output error {sum(errors) / len(errors):.2%}")
     if missing := writer.missing():
         raise CheckpointError(f"no source tensor gave {missing[0]!r} ({len(missing)} tensors are missing)")
 
 
-def _report(
-    source: SourceModel, journal: Journal, plan: ShardPlan, src: str | os.PathLike[str]
-) -> dict[str, Any]:
+def _report(source: Source, journal: Journal, plan: ShardPlan, src: str | os.PathLike[str]) -> dict[str, Any]:
     """What was done, without times and paths: the same run gives the same report."""
     sizes = source.layer_plan.sizes
     total = sum(sizes.values())
@@ -195,6 +226,7 @@ def _report(
         "source": os.fspath(src) if not Path(src).is_dir() else source.folder.resolve().name,
         "architecture": type(source.model).__name__,
         "quantization_config": source.model.config.quantization_config.to_dict(),
+        **source.provenance,
         "dtype": _text(source.model.dtype),
         "versions": {package: _version(package) for package in _PACKAGES},
         "source_bytes": source_bytes,
@@ -211,9 +243,7 @@ def _report(
     }
 
 
-def _write_small_files(
-    source: SourceModel, plan: ShardPlan, report: dict[str, Any], staging: Staging
-) -> None:
+def _write_small_files(source: Source, plan: ShardPlan, report: dict[str, Any], staging: Staging) -> None:
     staging.copy_small_files(source.folder)
     model = source.model
     if model.can_generate() and not (staging.folder / "generation_config.json").exists():

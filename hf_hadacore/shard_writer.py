@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save
 
 from .errors import CheckpointError
@@ -252,6 +253,17 @@ class ShardWriter:
         self.journal.add(unit, {"crc32": checksums, **note})
         self._mark_done(checksums)
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that is on disk already.
+
+        Args:
+            name: of the tensor.
+        """
+        path = self._path(self.plan.places[name].file)
+        assert path is not None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
     def missing(self) -> list[str]:
         """Planned tensors that are not on disk yet."""
         return [name for names in self._missing.values() for name in sorted(names)]
@@ -289,10 +301,8 @@ class ShardWriter:
         )
 
     def _checksum(self, place: Place) -> int | None:
-        for path in (self.folder / place.file, self.folder / (place.file + UNFINISHED_SUFFIX)):
-            if path.exists():
-                break
-        else:
+        path = self._path(place.file)
+        if path is None:
             return None
         checksum, position = 0, place.begin
         with open(path, "rb") as stream:
@@ -301,6 +311,11 @@ class ShardWriter:
                 checksum = zlib.crc32(block, checksum)
                 position += len(block)
         return checksum if position == place.end else None
+
+    def _path(self, file: str) -> Path | None:
+        """Where a shard lies, finished or not."""
+        paths = (self.folder / file, self.folder / (file + UNFINISHED_SUFFIX))
+        return next((path for path in paths if path.exists()), None)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -9,7 +9,7 @@ Parameter is ever in memory.
 
 import copy
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,19 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import compat, int4
+from . import compat
 from .architecture import find_model_class, load_model_config
 from .config import HadaCoreConfig
 from .errors import CheckpointError
 from .experts import expert_projections
 from .int4 import Int4Weight
-from .integrity import checkpoint_files, verify_files
+from .integrity import TensorInfo, checkpoint_files, verify_files
 from .layer_plan import LayerPlan
+from .layer_record import LayerRecord, make_record
 from .quantizer import HadaCoreHfQuantizer, swap_modules
-
-_ERROR_CHUNK_ELEMENTS = 1 << 24  # 64 MB in fp32: the error of a weight is summed over chunks of rows
 
 
 class Unit(NamedTuple):
@@ -43,26 +42,6 @@ class Unit(NamedTuple):
 
     name: str
     sources: dict[str, str]
-
-
-class LayerRecord(NamedTuple):
-    """What the report says about one quantized weight.
-
-    Attributes:
-        name: the Parameter.
-        shape: of the full-precision weight, output-major.
-        group_size: g; -1 is one group per row.
-        symmetric: whether no zeros are stored.
-        bits_per_weight: scales and zeros included.
-        relative_error: ``|w - w'| / |w|`` in the L2 norm.
-    """
-
-    name: str
-    shape: list[int]
-    group_size: int
-    symmetric: bool
-    bits_per_weight: float
-    relative_error: float
 
 
 class SourceModel:
@@ -84,6 +63,8 @@ class SourceModel:
         total_parameters: elements of the quantized model's Parameters, tied ones counted once.
         unused: source tensors that the model has no place for.
         outputs: `{name on disk: meta tensor}` in the order in which `save_pretrained` writes them.
+        provenance: what else the tensors depend on, for the report.
+        read_back: reads a tensor that was written before, by its name on disk; set before the first unit.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, already quantized, or its architecture
@@ -101,10 +82,12 @@ class SourceModel:
     ):
         self.folder = folder
         files = checkpoint_files(folder)
-        self.stored = self.headers = verify_files(files)
-        model_config = load_model_config(folder)
+        self.stored = verify_files(files)
+        self.headers, model_config = self._read_source()
         model_class = find_model_class(model_config, folder)
         self._device = torch.device(device)
+        self.provenance: dict[str, Any] = {}
+        self.read_back: Callable[[str], torch.Tensor]
 
         try:
             plain, loading = compat.meta_model(model_class, model_config, None, dtype, files)
@@ -115,8 +98,9 @@ class SourceModel:
         self.unused = [name for name, target in targets.items() if target is None]
         self._sources = self._group_sources(targets)
         self._check_against(plain, loading)
+        self._plain, self._plain_loading = plain.eval(), loading
 
-        self._quantizer = _RecordingQuantizer(copy.deepcopy(config))
+        self._quantizer = _RecordingQuantizer(self._recipe(config, plain))
         self.model, self._loading = compat.meta_model(
             model_class, model_config, self._quantizer, dtype, files
         )
@@ -152,17 +136,22 @@ class SourceModel:
         _return_freed_memory()
         with self._open(unit) as tensors:
             info = compat.load_tensors(self.model, self._loading, tensors, self._device)
-            loaded = _take_loaded(self.model)
+            loaded = take_loaded(self.model)
         self._quantizer.raise_recorded()
-        if info.conversion_errors:
-            raise CheckpointError(
-                f"{unit.name}: cannot be converted: {next(iter(info.conversion_errors.values()))}"
-            )
+        check_conversions(unit.name, info)
         if not loaded:
             raise CheckpointError(
                 f"{unit.name}: transformers made no tensor of {', '.join(unit.sources.values())}"
             )
         return self._on_disk(loaded), list(self._quantizer.records)
+
+    def _read_source(self) -> tuple[dict[str, TensorInfo], PreTrainedConfig]:
+        """The source tensors as the loader sees them, and the config of the model that they belong to."""
+        return self.stored, load_model_config(self.folder)
+
+    def _recipe(self, config: HadaCoreConfig, plain: PreTrainedModel) -> HadaCoreConfig:
+        """The config of the quantized model; of its own, because a quantizer changes it."""
+        return copy.deepcopy(config)
 
     @contextmanager
     def _open(self, unit: Unit) -> Iterator[dict[str, Any]]:
@@ -278,7 +267,11 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
     """The quantizer, noting what it did to every weight."""
 
     def __init__(self, config: HadaCoreConfig):
-        super().__init__(config, pre_quantized=False)
+        # What needs calibration is refused while loading, and can be had here.
+        loadable = copy.deepcopy(config)
+        loadable.method, loadable.act_order, loadable.input_permutations = "rtn", False, []
+        super().__init__(loadable, pre_quantized=False)
+        self.quantization_config = config
         self.records: list[LayerRecord] = []
 
     @property
@@ -317,7 +310,21 @@ def _as_key(key: str, sources: dict[str, str]) -> dict[str, str]:
     return {key: source}
 
 
-def _take_loaded(model: nn.Module) -> dict[str, torch.Tensor]:
+def check_conversions(name: str, info: Any) -> None:
+    """Raise what transformers' loader has swallowed.
+
+    Args:
+        name: of the unit that was loaded.
+        info: what the loader returned.
+
+    Raises:
+        CheckpointError: tensors could not be converted.
+    """
+    if info.conversion_errors:
+        raise CheckpointError(f"{name}: cannot be converted: {next(iter(info.conversion_errors.values()))}")
+
+
+def take_loaded(model: nn.Module) -> dict[str, torch.Tensor]:
     """Take every tensor off the model that the loader has put there; meta tensors take their places."""
     loaded = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     for name, tensor in loaded.items():
@@ -335,46 +342,8 @@ def _record(
     model: nn.Module, name: str, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> LayerRecord:
     module: Any = model.get_submodule(name.rpartition(".")[0])
-    group_size = int(module.group_size)
-    weight = Int4Weight(tensors[name], tensors[f"{name}_scale"], tensors.get(f"{name}_zero"), group_size)
-    if getattr(module, "is_transposed", False):
-        value = value.transpose(-1, -2)
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return LayerRecord(
-        name=name,
-        shape=list(value.shape),
-        group_size=group_size,
-        symmetric=weight.zero is None,
-        bits_per_weight=round(8 * stored / value.numel(), 4),
-        relative_error=float(f"{relative_error(value, weight):.5g}"),
+    weight = Int4Weight(
+        tensors[name], tensors[f"{name}_scale"], tensors.get(f"{name}_zero"), int(module.group_size)
     )
-
-
-def relative_error(value: torch.Tensor, weight: Int4Weight) -> float:
-    """``|w - w'| / |w|`` of a quantized weight in the L2 norm, without a full-size temporary.
-
-    Args:
-        value: floating point ``[..., N, K]``.
-        weight: its int4 form.
-
-    Returns:
-        The error; 0 for a weight that is zero and stays so.
-    """
-    rows = value.reshape(-1, value.shape[-1])
-    packed, scale = weight.packed.flatten(0, -2), weight.scale.flatten(0, -2)
-    zero = None if weight.zero is None else weight.zero.flatten(0, -2)
-    step = max(1, _ERROR_CHUNK_ELEMENTS // max(1, rows.shape[-1]))
-    squared_error = squared_norm = 0.0
-    for begin in range(0, rows.shape[0], step):
-        part = slice(begin, begin + step)
-        restored = int4.dequantize(
-            packed[part],
-            scale[part],
-            None if zero is None else zero[part],
-            group_size=weight.group_size,
-            dtype=torch.float32,
-        )
-        exact = rows[part].float()
-        squared_error += restored.sub_(exact).square_().sum(dtype=torch.float64).item()
-        squared_norm += exact.square().sum(dtype=torch.float64).item()
-    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    is_transposed = getattr(module, "is_transposed", False)
+    return make_record(name, value.transpose(-1, -2) if is_transposed else value, weight)

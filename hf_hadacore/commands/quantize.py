@@ -15,6 +15,9 @@ def quantize(
         str, typer.Argument(help="Folder of a full-precision checkpoint, or a model id on the Hub.")
     ],
     dst: Annotated[str, typer.Argument(help="Folder to make; must not exist.")],
+    method: Annotated[
+        str, typer.Option(help="rtn: round to nearest; gptq: with calibration data, better and slower.")
+    ] = "rtn",
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for a row.")
     ] = 128,
@@ -37,6 +40,29 @@ def quantize(
     attention: Annotated[
         str | None, typer.Option(metavar="MODE", help="8-bit attention by default: fp8 or int8-fp8.")
     ] = None,
+    act_order: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORDER",
+            help="Order in which gptq quantizes columns: none, static or permuted; default: static.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="For gptq: a .txt, .json, .jsonl, .parquet or .csv file, or a hub dataset "
+            "name[:config[:split]].",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 2048,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the calibration text; default: found by its name.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Calibrate on conversations, by the chat template.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and unquantized weights; default: the checkpoint's.")
     ] = None,
@@ -46,11 +72,14 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint on disk, layer by layer."""
     overrides = dict(_parse_override(text) for text in override or ())
+    from ..calibration import Calibration
     from ..checkpoint import quantize_checkpoint
     from ..config import HadaCoreConfig
     from ..inspection import format_size
 
     config = HadaCoreConfig(
+        method=method,
+        act_order=_parse_act_order(act_order, method),
         group_size=group_size,
         symmetric=symmetric,
         modules_to_not_convert=skip,
@@ -60,7 +89,18 @@ def quantize(
     )
     try:
         report = quantize_checkpoint(
-            src, dst, config, dtype=dtype, max_shard_size=max_shard_size, resume=resume, device=device
+            src,
+            dst,
+            config,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            resume=resume,
+            device=device,
+            calibration=None
+            if calibration is None
+            else Calibration(
+                calibration, samples, sequence_length, column=column, chat_template=chat_template
+            ),
         )
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command with --resume continues", fg=typer.colors.RED, err=True)
@@ -69,6 +109,13 @@ def quantize(
         f"{dst}: {format_size(report['quantized_bytes'])} ({report['size_ratio']:.1%} of the source), "
         f"{len(report['layers'])} int4 weights, {report['quantized_share']:.1%} of the parameters"
     )
+
+
+def _parse_act_order(text: str | None, method: str) -> str | bool:
+    """What `HadaCoreConfig` calls it; without a choice gptq gets the order that it calls True."""
+    if text is None:
+        return method == "gptq"
+    return False if text == "none" else text
 
 
 def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
