@@ -94,11 +94,10 @@ def gptq_quantize(
     order = torch.arange(k, device=weight.device) if hessian.order is None else hessian.order
     columns = _Columns(rows, hessian, order, group_size, static_groups)
     columns.quantize(symmetric, scale_dtype)
-    q = columns.q
-    if static_groups:
-        q = torch.empty_like(q).index_copy_(0, order, q)
+    q = columns.q.new_empty(weight.shape)
+    q[:, order if static_groups else slice(None)] = columns.q.T
     quantized = Int4Weight(
-        int4.pack(q.T),
+        int4.pack(q),
         columns.scale.T.to(scale_dtype).contiguous(),
         None if symmetric else columns.zero.T.to(torch.uint8).contiguous(),
         group_size,
@@ -128,7 +127,7 @@ class _Columns:
     ):
         n, k = rows.shape
         size = int4.effective_group_size(k, group_size)
-        self.rows, self.hessian, self.group_size = rows, hessian, group_size
+        self.rows, self.hessian, self.order, self.group_size = rows, hessian, order, group_size
         self.target = rows.T[order]
         self.q = torch.empty(k, n, dtype=torch.uint8, device=rows.device)
         self.difference = torch.empty_like(self.target)
@@ -141,23 +140,36 @@ class _Columns:
 
     def quantize(self, symmetric: bool, scale_dtype: torch.dtype) -> None:
         """Round all columns."""
-        grid = partial(fit_groups, symmetric=symmetric, scale_dtype=scale_dtype)
+        grid = partial(fit_groups, symmetric=symmetric, scale_dtype=scale_dtype, by_magnitude=False)
         if self.are_grids_first:
-            importance = self.hessian.matrix.diagonal()
+            importance = torch.empty_like(self.hessian.variance)
+            importance[self.order] = self.hessian.variance
             scale, zero = grid(self.rows, group_size=self.group_size, importance=importance)
-            self.scale.copy_(scale.T), self.zero.copy_(zero.T)
+            self.scale.copy_(scale.T)
+            self.zero.copy_(zero.T)
         k = len(self.target)
         for start in range(0, k, self.chunk):
             part = slice(start, min(start + self.chunk, k))
             update = self.hessian.factor[:start, part].T @ self.difference[:start]
-            current = update.add_(self.target[part])
             if not self.are_grids_first:
-                scale, zero = grid(current.T, group_size=-1, importance=self.hessian.variance[part])
+                updated = self._updated(part, update)
+                scale, zero = grid(updated.T, group_size=-1, importance=self.hessian.variance[part])
                 self.scale[start // self.chunk], self.zero[start // self.chunk] = scale[:, 0], zero[:, 0]
-            self._round(part, current)
+            self._round(part, update)
 
-    def _round(self, part: slice, current: torch.Tensor) -> None:
+    def _updated(self, part: slice, update: torch.Tensor) -> torch.Tensor:
+        """``[chunk, N]``: what the paper's updates have made of a chunk when its first column is rounded.
+
+        `update` counts on the chunk's columns staying what they were. The weights that cost nothing more are
+        those x for which (x - w) U = update.
+        """
+        factor = self.hessian.factor[part, part]
+        moved = torch.linalg.solve_triangular(factor.T, update, upper=False, unitriangular=True)
+        return moved.add_(self.target[part])
+
+    def _round(self, part: slice, update: torch.Tensor) -> None:
         """Round the columns of a chunk, one after the other."""
+        current = update.add_(self.target[part])
         factor, difference = self.hessian.factor[part, part], self.difference[part]
         scale, zero = self.scale[self.groups[part]], self.zero[self.groups[part]]
         for j in range(len(current)):

@@ -124,6 +124,7 @@ def fit_groups(
     symmetric: bool,
     scale_dtype: torch.dtype,
     importance: torch.Tensor | None = None,
+    by_magnitude: bool = True,
     search: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid of every group.
@@ -131,13 +132,17 @@ def fit_groups(
     Args:
         values: fp32 ``[R, K]``, finite.
         scale_dtype: to which scales are rounded.
+        by_magnitude: False weights squared errors by importance alone.
         group_size, symmetric, importance, search: as in `quantize_weight`.
 
     Returns:
         Scale (as it will be stored) and zero, both fp32 ``[R, ceil(K/g)]``.
     """
     groups = _in_groups(values, group_size)
-    h = (groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()).square_()
+    if by_magnitude:
+        h = (groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()).square_()
+    else:
+        h = torch.ones_like(groups)
     if importance is not None:
         h *= _in_groups(importance.to(values.device, torch.float32)[None], group_size)
     return _fit(groups, h, symmetric, scale_dtype, search)
