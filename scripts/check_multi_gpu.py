@@ -11,13 +11,13 @@ of one GPU must be that of bf16's own, and tokens whose margin is above bf16's l
 speed: an int4 checkpoint whose files are holes, which read as zeros and take no room, is loaded by
 `from_pretrained` on one GPU and by tensor parallelism, filled with random weights where it lies, and timed in
 `generate` with CUDA graphs, with bf16 attention and with 8-bit attention. The share that collectives take of
-a step is read from a profile of one replay; waiting for the other ranks is part of it.
+a step is read from a profile of one replay; waiting for the other ranks is part of it. With --one-shot ranks
+are timed again with `hf_hadacore.one_shot`, which is then what the logits are made with, too.
 
 Without a GPU the logits of a tiny model are checked with gloo.
 """
 
 import gc
-import json
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -37,6 +37,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig
 from hf_hadacore.generation import enable_cuda_graphs
+from hf_hadacore.one_shot import use_one_shot_all_reduce
 from hf_hadacore.quantizer import HadaCoreHfQuantizer
 from hf_hadacore.shard_writer import plan_shards
 
@@ -110,12 +111,13 @@ def forced(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def save_logits(root: Path, places: list[str]) -> dict[str, list[str]]:
+def save_logits(root: Path, places: list[str], with_one_shot: bool = False) -> dict[str, list[str]]:
     """Load the checkpoints in some places and write their logits down.
 
     Args:
         root: holds the checkpoints; rank 0 writes there.
         places: see `load`.
+        with_one_shot: whether ranks sum with `kernels.all_reduce`.
 
     Returns:
         The devices that the Parameters of each were on.
@@ -126,6 +128,8 @@ def save_logits(root: Path, places: list[str]) -> dict[str, list[str]]:
         for form in FORMS:
             for attention in ATTENTION:
                 model = load(root / form, attention, place)
+                if with_one_shot:
+                    use_one_shot_all_reduce(model)
                 vocabulary = model.config.vocab_size
                 ids = torch.randint(
                     vocabulary, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(1)
@@ -211,11 +215,11 @@ def wrong_rows(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def check_logits(shape: str, layers: int, ranks: int) -> dict[str, Any]:
+def check_logits(shape: str, layers: int, ranks: int, with_one_shot: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         devices = run_ranks(save_and_run, 1, root, shape, layers)
-        devices |= run_ranks(save_logits, ranks, root, ["ranks"])
+        devices |= run_ranks(save_logits, ranks, root, ["ranks"], with_one_shot)
         rows = compare(root)
     return {"rows": rows, "devices": devices, "failed": wrong_rows(rows)}
 
@@ -242,7 +246,7 @@ def write_hollow_checkpoint(folder: Path, config: LlamaConfig) -> int:
     return plan.total_bytes
 
 
-def measure_speed(folder: Path, batches: list[int], new_tokens: int) -> dict[str, Any]:
+def measure_speed(folder: Path, batches: list[int], new_tokens: int, with_one_shot: bool) -> dict[str, Any]:
     """Times of `generate` on the ranks of this process group, by attention and batch."""
     transformers.logging.disable_progress_bar()
     ranks = dist.get_world_size()
@@ -250,16 +254,20 @@ def measure_speed(folder: Path, batches: list[int], new_tokens: int) -> dict[str
     with torch.no_grad():
         fill_randomly(model)
     results: dict[str, Any] = {"memory_gib": round(torch.cuda.memory_allocated() / 2**30, 2)}
-    for attention, implementation in ATTENTION.items():
-        model.set_attn_implementation(implementation)
-        enable_cuda_graphs(model)
-        gc.collect()
-        for batch in batches:
-            row: dict[str, Any] = measure_generate(model, batch, new_tokens, graphs=True, profile=False)
-            row["collectives_share"] = round(collectives_share(model), 4)
-            results[f"{attention} batch {batch}"] = row
-            if dist.get_rank() == 0:
-                print(f"tp {ranks} {attention} batch {batch}: {row}", flush=True)
+    for reduce in ("", "one-shot ") if with_one_shot and ranks > 1 else ("",):
+        if reduce and not use_one_shot_all_reduce(model):
+            break
+        for attention, implementation in ATTENTION.items():
+            model.set_attn_implementation(implementation)
+            enable_cuda_graphs(model)
+            gc.collect()
+            for batch in batches:
+                row: dict[str, Any] = measure_generate(model, batch, new_tokens, graphs=True, profile=False)
+                row["collectives_share"] = round(collectives_share(model), 4)
+                case = f"{reduce}{attention} batch {batch}"
+                results[case] = row
+                if dist.get_rank() == 0:
+                    print(f"tp {ranks} {case}: {row}", flush=True)
     return results
 
 
@@ -278,26 +286,29 @@ def collectives_share(model: Any) -> float:
     return sum(time for key, time in spent.items() if key.startswith(COLLECTIVES)) / sum(spent.values())
 
 
-def check_speed(
-    shape: str, layers: int, counts: list[int], batches: list[int], new_tokens: int
-) -> dict[str, Any]:
+def check_speed(config: LlamaConfig, counts: list[int], *options: Any) -> dict[str, Any]:
+    """`measure_speed` on several numbers of ranks, and how much faster each is than the first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_hollow_checkpoint(folder, SHAPES[shape](layers))
-        results = {
-            f"tp {ranks}": run_ranks(measure_speed, ranks, folder, batches, new_tokens) for ranks in counts
-        }
-    first, last = (results[f"tp {ranks}"] for ranks in (counts[0], counts[-1]))
-    speedup = {
-        case: round(last[case]["tokens_per_second"] / first[case]["tokens_per_second"], 3)
-        for case in last
-        if isinstance(last[case], dict)
-    }
-    return {
-        "checkpoint_bytes": size,
-        "results": results,
-        f"speedup_tp_{counts[-1]}_over_{counts[0]}": speedup,
-    }
+        size = write_hollow_checkpoint(folder, config)
+        results = {f"tp {ranks}": run_ranks(measure_speed, ranks, folder, *options) for ranks in counts}
+    first = results[f"tp {counts[0]}"]
+    for result in results.values():
+        for case, row in result.items():
+            if isinstance(row, dict):
+                base = first[case.removeprefix("one-shot ")]["tokens_per_second"]
+                row[f"speedup_over_tp_{counts[0]}"] = round(row["tokens_per_second"] / base, 3)
+    return {"checkpoint_bytes": size, "results": results}
+
+
+def print_speed(results: dict[str, dict[str, Any]]) -> None:
+    for ranks, result in results.items():
+        print(f"{ranks}: {result['memory_gib']} GiB per GPU")
+        for case, row in result.items():
+            if isinstance(row, dict):
+                shown = ("tokens_per_second", "replay_ms", "collectives_share", "time_to_first_token_ms")
+                speedup = next(value for key, value in row.items() if key.startswith("speedup"))
+                print(f"  {case}: {speedup:.2f}x", {key: row[key] for key in shown})
 
 
 def main(
@@ -309,6 +320,7 @@ def main(
     ] = None,
     batches: Annotated[str, typer.Option(help="Separated by commas.")] = "1,16",
     new_tokens: int = 64,
+    one_shot: Annotated[bool, typer.Option(help="Try `hf_hadacore.one_shot`, too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
 ) -> None:
     gpus = torch.cuda.device_count()
@@ -318,18 +330,21 @@ def main(
     tp = tp or f"1,{ranks}"
     report: dict[str, Any] = {}
     if Part.LOGITS in parts:
-        report["logits"] = check_logits(shape, layers or min(4, LAYERS[shape]), ranks)
+        report["logits"] = check_logits(shape, layers or min(4, LAYERS[shape]), ranks, one_shot)
         for row in report["logits"]["rows"]:
             print(row)
     if Part.SPEED in parts:
         counts, sizes = (list(map(int, text.split(","))) for text in (tp, batches))
-        report["speed"] = check_speed(shape, layers or LAYERS[shape], counts, sizes, new_tokens)
-        print(json.dumps(report["speed"], indent=1))
+        config = SHAPES[shape](layers or LAYERS[shape])
+        report["speed"] = check_speed(config, counts, sizes, new_tokens, one_shot)
+        print_speed(report["speed"]["results"])
     command = (
         f"python scripts/check_multi_gpu.py {' '.join(f'--part {name}' for name in parts)} --shape {shape}"
     )
     if layers is not None:
         command += f" --layers {layers}"
+    if one_shot:
+        command += " --one-shot"
     if Part.SPEED in parts:
         command += f" --tp {tp} --batches {batches} --new-tokens {new_tokens}"
     about = about_this_run(command, "transformers")
