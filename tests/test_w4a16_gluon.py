@@ -28,7 +28,7 @@ def results(dtype: torch.dtype, bias: bool) -> dict:
 
 
 def compile_skinny(dtype, symmetric, **constants):
-    arguments = dict(p_x=dtype, **weights(dtype, symmetric), p_perm=None, **results(dtype, symmetric))
+    arguments = dict(p_x=dtype, **weights(dtype, symmetric), **results(dtype, symmetric))
     sizes = dict(M="i32", N="i32:16", k_tiles="i32", s_xm="i32:16", s_group="i32:16")
     return compile_for(HOPPER, skinny_kernel, arguments | sizes | constants, num_warps=8)
 

@@ -52,8 +52,10 @@ def launch(
     if -(-n // 64) * -(-m // schedule.block_m) > _COUNTERS:
         schedule = schedule._replace(tiles=k_tiles)
     split_k = -(-k_tiles // schedule.tiles)
-    if input_perm is not None and not isinstance(schedule, schedules.SkinnySchedule):
-        x, input_perm = x.index_select(-1, input_perm), None
+    if input_perm is not None:
+        from .gather_columns import gather_columns
+
+        x = gather_columns(x, input_perm)
     # Most are contiguous, whatever their number of dimensions; views take longer than one would think.
     s_xm = k
     if not x.is_contiguous():
@@ -74,7 +76,7 @@ def launch(
 
         run(
             skinny_kernel,
-            (x, *tensors, input_perm, *ends),
+            (x, *tensors, *ends),
             (m, n, k_tiles, s_xm, s_group),
             (
                 schedule.block_m,
@@ -217,7 +219,7 @@ def compile_product(product: Product, tokens: int, device: torch.device) -> None
     tiles, scale, zero, bias = product.tensors()
     x, out = (torch.empty(tokens, size, dtype=dtype, device="meta") for size in (k, n))
     input_perm = torch.empty(k, dtype=torch.int32, device="meta") if product.has_perm else None
-    is_plain = GROUPS_PER_TILE[group_size] < 2 and input_perm is None
+    is_plain = GROUPS_PER_TILE[group_size] < 2
     schedule = schedules.choose(tokens, n, k, "sm90", processors_of(device.index or 0), is_plain)
     launch(x, tiles, scale, zero, input_perm, bias, group_size, out, schedule)
 

@@ -113,8 +113,8 @@ def choose(m: int, n: int, k: int, arch: str, processors: int, is_plain: bool = 
         n, k: outputs and inputs, multiples of 64 and 128.
         arch: of the GPU, e.g. "sm90".
         processors: streaming multiprocessors of the GPU.
-        is_plain: whether groups have at least 128 inputs and there is no `input_perm`. Else two programs of
-            the wide kernel would not fit a processor's registers, or x would have to be permuted first.
+        is_plain: whether groups have at least 128 inputs. Else two programs of the wide kernel would not fit
+            a processor's registers.
     """
     known = _table().get(f"{arch} {n}x{k} {bucket(m)}")
     schedule = known if known is not None else _choose_by_rule(bucket(m), n, k // 128, processors)

@@ -87,7 +87,6 @@ def _multiply_slice(
     p_tiles,
     p_scale,
     p_zero,
-    p_perm,
     p_bias,
     p_out,
     p_partials,
@@ -155,11 +154,7 @@ def _multiply_slice(
     o_xm = gl.expand_dims(o_x, 1)
     for tile in gl.static_range(TILES):
         m_row = gl.expand_dims(m_x & (tile < count), 1)
-        if p_perm is None:
-            copy_to_shared(s_x.index(tile), p_x + o_xm + gl.expand_dims(o_k + tile * 128, 0), mask=m_row)
-        else:
-            b_k = gl.load(p_perm + o_k + tile * 128, mask=tile < count, other=0)
-            s_x.index(tile).store(gl.load(p_x + o_xm + gl.expand_dims(b_k, 0), mask=m_row, other=0.0))
+        copy_to_shared(s_x.index(tile), p_x + o_xm + gl.expand_dims(o_k + tile * 128, 0), mask=m_row)
         async_copy.commit_group()
 
     b_acc = gl.zeros((BN, BM), gl.float32, layout=ACC)
@@ -210,7 +205,6 @@ def skinny_kernel(
     p_tiles,
     p_scale,
     p_zero,
-    p_perm,
     p_bias,
     p_out,
     p_partials,
@@ -241,7 +235,6 @@ def skinny_kernel(
         p_tiles,
         p_scale,
         p_zero,
-        p_perm,
         p_bias,
         p_out,
         p_partials,
@@ -347,7 +340,6 @@ def experts_kernel(
                 p_tiles + expert * (N // 64) * k_tiles * 1024,
                 p_scale + expert * s_expert,
                 None if p_zero is None else p_zero + expert * s_expert,
-                None,
                 None if p_bias is None else p_bias + expert * N,
                 p_out,
                 p_partials,

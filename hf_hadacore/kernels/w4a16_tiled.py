@@ -170,7 +170,7 @@ def _cuda(
     out = x.new_empty((*x.shape[:-1], n))
     m = out.numel() // n
     if m:
-        is_plain = GROUPS_PER_TILE[group_size] < 2 and input_perm is None
+        is_plain = GROUPS_PER_TILE[group_size] < 2
         schedule = schedules.choose(m, n, k, "sm90", processors_of(x.device.index), is_plain)
         with on_device(x.device):
             launch(x, tiles, scale, zero, input_perm, bias, group_size, out, schedule)
