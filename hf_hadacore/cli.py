@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.info import info
 from .commands.quantize import quantize
@@ -17,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="int4 weights and rotated 8-bit attention for Hugging Face Transformers.",
 )
-for command in (quantize, info, generate, tune):
+for command in (quantize, info, generate, evaluate, tune):
     app.command()(command)
 
 

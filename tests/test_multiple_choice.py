@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from evaluation_cases import word_tokenizer
+from tiny_models import make_model
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from hf_hadacore import multiple_choice as module
 from hf_hadacore.errors import EvaluationError
 from hf_hadacore.kv_cache import HadaCoreCache
 from hf_hadacore.multiple_choice import Item, MultipleChoice, log_likelihoods, multiple_choice, read_items
-
-
-def word_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    words = {"[BOS]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[BOS] $A", special_tokens=[("[BOS]", 0)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="[BOS]", unk_token="[UNK]")
-
 
 # Prefixes of 3, 2 and 3 tokens, of one to three choices of one to four tokens.
 ITEMS = [

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import HadaCoreError
+from ..errors import CheckpointError
 from .report_errors import reports_errors
 
 
@@ -28,27 +28,12 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text and stream it; the speed goes to stderr."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    from ..attention_interface import ATTENTION_NAMES
-    from ..checkpoint import find_source
-    from ..errors import CheckpointError
+    from ..pretrained import load_pretrained
 
-    if attention not in (None, *ATTENTION_NAMES):
-        raise typer.BadParameter(
-            f"{attention!r} is not one of {tuple(ATTENTION_NAMES)}", param_hint="--attention"
-        )
-    options = {} if attention is None else {"attn_implementation": ATTENTION_NAMES[attention]}
-    source = find_source(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, HadaCoreError):
-            raise
-        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+    model: Any
+    model, tokenizer = load_pretrained(folder, device=device, attention=attention)
     use_chat = chat if chat is not None else tokenizer.chat_template is not None
     if use_chat and tokenizer.chat_template is None:
         raise CheckpointError(f"{folder}: the tokenizer has no chat template; use --no-chat")
