@@ -86,7 +86,10 @@ def pack(q: torch.Tensor) -> torch.Tensor:
         raise FormatError(f"pack needs a last dimension that is a multiple of 8, got shape {tuple(q.shape)}")
     # Two nibbles a byte, then four bytes a little-endian word: the bytes *are* the words.
     q = q.to(torch.uint8)
-    return (q[..., 0::2] | q[..., 1::2] << 4).contiguous().view(torch.int32)
+    as_bytes = (q[..., 0::2] | q[..., 1::2] << 4).contiguous()
+    # Flattened, because dimensions of one element may have any stride, which `view` refuses.
+    words = as_bytes.view(-1).view(torch.int32)
+    return words.view(*q.shape[:-1], q.shape[-1] // NIBBLES_PER_WORD)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -103,8 +106,9 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     """
     if packed.dtype != torch.int32:
         raise FormatError(f"packed int4 weights are int32, got {packed.dtype}")
-    as_bytes = packed.contiguous().view(torch.uint8)
-    return torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1).flatten(-2)
+    as_bytes = packed.contiguous().view(-1).view(torch.uint8)
+    nibbles = torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1)
+    return nibbles.view(*packed.shape[:-1], packed.shape[-1] * NIBBLES_PER_WORD)
 
 
 def expand_groups(per_group: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor:

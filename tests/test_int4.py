@@ -87,6 +87,13 @@ def test_non_contiguous_input():
     assert torch.equal(int4.unpack(packed[:, ::2]), int4.unpack(packed[:, ::2].contiguous()))
 
 
+def test_dimensions_of_one_element_may_have_any_stride():
+    q = torch.randint(0, 16, (64, 1), dtype=torch.uint8).T
+    assert torch.equal(int4.unpack(int4.pack(q)), q)
+    words = int4.pack(torch.randint(0, 16, (1, 40), dtype=torch.uint8)).T
+    assert torch.equal(int4.unpack(words).flatten(), int4.unpack(words.T).flatten())
+
+
 @pytest.mark.parametrize(
     ("k", "group_size", "groups"), [(576, 128, 5), (576, -1, 1), (64, 128, 1), (128, 128, 1), (136, 32, 5)]
 )
