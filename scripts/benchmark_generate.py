@@ -1,6 +1,7 @@
 """`generate` with Llama-3-8B's shapes on one GPU: tokens per second, time to first token, memory.
 
     python scripts/benchmark_generate.py
+    python scripts/benchmark_generate.py --model qwen3-30b-a3b --json scripts/results/generate_experts.json
     python scripts/benchmark_generate.py --part int4-graphs --batch 1 --profile
 
 Weights are random and made on the GPU, so the figures are about speed and memory, not about quality. Parts
@@ -14,14 +15,13 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from gpu_report import about_this_run
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.generation import disable_cuda_graphs, enable_cuda_graphs
@@ -55,7 +55,37 @@ def llama_8b(layers: int) -> LlamaConfig:
     )
 
 
-def meta_model(config: LlamaConfig, quantizer: HadaCoreHfQuantizer | None) -> Any:
+def qwen3_30b_a3b(layers: int) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,  # type: ignore[call-arg]  # of the checkpoint's config, no field of the class
+        num_hidden_layers=layers,
+        vocab_size=151936,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=False,
+    )
+
+
+class Model(NamedTuple):
+    title: str
+    layers: int
+    config: Callable[[int], PreTrainedConfig]
+
+
+MODELS = {
+    "llama-3-8b": Model("Llama-3-8B", 32, llama_8b),
+    "qwen3-30b-a3b": Model("Qwen3-30B-A3B", 48, qwen3_30b_a3b),
+}
+
+
+def meta_model(config: PreTrainedConfig, quantizer: HadaCoreHfQuantizer | None) -> Any:
     """A bf16 model on the meta device, as `from_pretrained` makes it before it loads.
 
     Args:
@@ -84,9 +114,9 @@ def fill_randomly(model: Any, device: str = "cuda") -> None:
         values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if values.dtype == torch.int32:
             values.random_(-(2**31), 2**31 - 1, generator=generator)
-        elif name.endswith("weight_scale"):
+        elif name.endswith("_scale"):
             values.uniform_(0.003, 0.006, generator=generator)
-        elif name.endswith("weight_zero"):
+        elif name.endswith("_zero"):
             values.random_(6, 10, generator=generator)
         elif values.dim() == 1:
             values.fill_(1)
@@ -94,7 +124,7 @@ def fill_randomly(model: Any, device: str = "cuda") -> None:
             values.normal_(0, 0.02, generator=generator)
 
 
-def make_model(config: LlamaConfig, is_int4: bool) -> Any:
+def make_model(config: PreTrainedConfig, is_int4: bool) -> Any:
     """A model with random weights on the GPU, made as `from_pretrained` makes it but without files.
 
     Args:
@@ -104,7 +134,7 @@ def make_model(config: LlamaConfig, is_int4: bool) -> Any:
     quantizer = HadaCoreHfQuantizer(HadaCoreConfig(), pre_quantized=True) if is_int4 else None
     model = meta_model(config, quantizer)
     model.to_empty(device="cuda")
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to("cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
     fill_randomly(model)
     if quantizer is not None:
         model = quantizer.postprocess_model(model)
@@ -216,12 +246,15 @@ def measure(model: Any, batch: int, new_tokens: int, graphs: bool, profile: bool
 def main(
     part: Annotated[list[Part] | None, typer.Option(help="What to measure; default everything.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; default 1 and 16.")] = None,
-    layers: int = 32,
+    model_name: Annotated[str, typer.Option("--model", help=f"Of {list(MODELS)}.")] = "llama-3-8b",
+    layers: Annotated[int | None, typer.Option(help="Default all.")] = None,
     new_tokens: int = 128,
     profile: Annotated[bool, typer.Option(help="Print the kernels of one decoding step.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help=f"Default {RESULT.name}.")] = None,
 ) -> None:
     parts, batches = part or list(Part), batch or [1, 16]
+    kind = MODELS[model_name]
+    layers = layers or kind.layers
     results: dict[str, Any] = {}
     for weights in ("bf16", "int4"):
         wanted = [one for one in parts if one.startswith(weights)]
@@ -230,7 +263,7 @@ def main(
         gc.collect()
         torch.cuda.empty_cache()
         start = time.perf_counter()
-        model = make_model(llama_8b(layers), weights == "int4")
+        model = make_model(kind.config(layers), weights == "int4")
         torch.cuda.synchronize()
         made = round(time.perf_counter() - start, 1)
         print(f"{weights}: made in {made} s", flush=True)
@@ -247,12 +280,10 @@ def main(
                 results[one][f"batch_{size}"] = measure(model, size, tokens, graphs=graphs, profile=profile)
                 print(f"{one} batch {size}: {results[one][f'batch_{size}']}", flush=True)
         del model
+    options = f"--model {model_name} --layers {layers} --new-tokens {new_tokens}"
     report = {
-        **about_this_run(
-            f"python scripts/benchmark_generate.py --layers {layers} --new-tokens {new_tokens}",
-            "transformers",
-        ),
-        "model": f"Llama-3-8B shapes, {layers} layers, random weights",
+        **about_this_run(f"python scripts/benchmark_generate.py {options}", "transformers"),
+        "model": f"{kind.title} shapes, {layers} layers, random weights",
         "prompt_tokens": PROMPT,
         "results": results,
     }
