@@ -31,11 +31,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_model_config(folder: Path) -> PreTrainedConfig:
-    """The model config of a full-precision checkpoint.
+def load_model_config(folder: Path, *, quantized: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint's full-precision model.
 
     Args:
         folder: local checkpoint.
+        quantized: whether the checkpoint is; what its config says about that is left out.
 
     Raises:
         CheckpointError: there is no readable config.json, transformers does not know the model type
@@ -45,16 +46,19 @@ def load_model_config(folder: Path) -> PreTrainedConfig:
     parts = [content, *(part for part in content.values() if isinstance(part, dict))]
     for part in parts:
         recipe = part.get("quantization_config")
-        if recipe is not None:
+        if recipe is not None and not quantized:
             method = recipe.get("quant_method") if isinstance(recipe, dict) else recipe
             raise CheckpointError(
                 f"{folder}: is already quantized (quant_method {method!r}); quantize the full-precision "
                 "checkpoint that it was made from"
             )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # hostile values fail in many ways
         raise CheckpointError(f"{folder}: transformers cannot read its config.json: {error}") from error
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return config
 
 
 def find_model_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:

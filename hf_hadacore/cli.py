@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.convert import export, import_
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.info import info
@@ -18,8 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="int4 weights and rotated 8-bit attention for Hugging Face Transformers.",
 )
-for command in (quantize, info, generate, evaluate, tune):
+for command in (quantize, info, generate, evaluate, export, tune):
     app.command()(command)
+app.command("import")(import_)
 
 
 def main() -> None:

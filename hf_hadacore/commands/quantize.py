@@ -4,9 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .report_errors import reports_errors
-
-_INTERRUPTED = 130  # what shells report of a command that was ended by ctrl-C
+from .report_errors import reports_errors, tells_how_to_resume
 
 
 @reports_errors
@@ -87,7 +85,7 @@ def quantize(
         quantize_lm_head=quantize_lm_head,
         attention=attention,
     )
-    try:
+    with tells_how_to_resume():
         report = quantize_checkpoint(
             src,
             dst,
@@ -102,9 +100,6 @@ def quantize(
                 calibration, samples, sequence_length, column=column, chat_template=chat_template
             ),
         )
-    except KeyboardInterrupt:
-        typer.secho("interrupted; the same command with --resume continues", fg=typer.colors.RED, err=True)
-        raise typer.Exit(_INTERRUPTED) from None
     typer.echo(
         f"{dst}: {format_size(report['quantized_bytes'])} ({report['size_ratio']:.1%} of the source), "
         f"{len(report['layers'])} int4 weights, {report['quantized_share']:.1%} of the parameters"

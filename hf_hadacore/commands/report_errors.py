@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -10,6 +11,8 @@ import typer
 from ..errors import HadaCoreError
 
 DEBUG_VARIABLE = "HADACORE_DEBUG"
+
+_INTERRUPTED = 130  # what shells report of a command that was ended by ctrl-C
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,3 +29,13 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+@contextmanager
+def tells_how_to_resume() -> Iterator[None]:
+    """Turn ctrl-C into one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command with --resume continues", fg=typer.colors.RED, err=True)
+        raise typer.Exit(_INTERRUPTED) from None
