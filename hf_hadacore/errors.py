@@ -44,3 +44,7 @@ class MissingPackageError(HadaCoreError, ImportError):
 
 class CalibrationError(HadaCoreError, ValueError):
     """Calibration data cannot be read, holds too little text, or does not fit the model."""
+
+
+class HubError(HadaCoreError, RuntimeError):
+    """The Hub cannot be reached, refuses, or holds something that would be overwritten."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Staging:
 
     def copy_small_files(self, source: Path) -> None:
         """Copy the source's tokenizer, processor and generation files, templates and licenses."""
-        for file in _files_to_copy(source):
+        for file in small_files(source):
             copy = self.folder / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
@@ -183,11 +183,16 @@ def digest_of_weights(headers: Mapping[str, TensorInfo]) -> str:
     return digest.hexdigest()
 
 
-def _files_to_copy(folder: Path) -> Iterable[Path]:
-    """Tokenizer, processor and generation files, chat templates and licenses; no weights, no code."""
+def small_files(folder: Path) -> Iterator[Path]:
+    """Tokenizer, processor and generation files, chat templates and licenses; no weights, no code.
+
+    Args:
+        folder: a checkpoint. What is written anew for every checkpoint, like its config.json, is left out.
+    """
     for file in sorted(folder.iterdir()):
         wanted = file.suffix in COPIED_SUFFIXES or any(file.match(pattern) for pattern in COPIED_NAMES)
         is_ours = file.name in ("config.json", INDEX_NAME, REPORT_NAME)
-        if wanted and file.is_file() and not is_ours and not file.name.endswith(".index.json"):
+        is_hidden = file.name.startswith(".")
+        if wanted and file.is_file() and not (is_ours or is_hidden or file.name.endswith(".index.json")):
             yield file
     yield from sorted(folder.glob(f"{_TEMPLATES_FOLDER}/*.jinja"))
