@@ -112,7 +112,7 @@ def solve_weight(
         symmetric=spec.symmetric,
         scale_dtype=scale_dtype,
         order=columns,
-        static_groups=not order.forms_groups,
+        static_groups=order.by_energy and not order.forms_groups,
         damping=DAMPING,
         name=name,
     )

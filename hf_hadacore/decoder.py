@@ -46,15 +46,14 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self._body: PreTrainedModel = model.get_decoder()
-        stacks = {
-            name: module for name, module in self._body.named_children() if isinstance(module, nn.ModuleList)
-        }
-        if model.config.is_encoder_decoder or not stacks:
+        bodies: list[Any] = [m for m in model.get_decoder().modules() if isinstance(m, PreTrainedModel)]
+        self._body: Any = next((body for body in bodies if _stacks(body)), None)
+        if self._body is None or model.config.is_encoder_decoder:
             raise UnsupportedError(
                 f'{type(model).__name__}: method="gptq" calibrates models that are one stack of decoder '
                 'layers; use method="rtn" for this one'
             )
+        stacks = _stacks(self._body)
         stack = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()))
         self._body_name = next(name for name, module in model.named_modules() if module is self._body)
         self.name = f"{self._body_name}.{stack}".lstrip(".")
@@ -88,8 +87,8 @@ class Decoder:
         """
         states: list[torch.Tensor] = []
         calls: list[list[LayerCall]] = []
-        embedding: Any = self._body.get_input_embeddings()
-        place = _place_for(tokens.numel() * embedding.embedding_dim * dtype.itemsize, device)
+        width = self._body.get_input_embeddings().embedding_dim
+        place = _place_for(tokens.numel() * width * dtype.itemsize, device)
         for batch in tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
             with self._noting_calls() as noted, suppress(Stop):
                 self._body(input_ids=batch.to(device), use_cache=False)
@@ -181,6 +180,10 @@ def before_forward(
             hook = module.register_forward_pre_hook(lambda _, args, name=name: see(name, args))
             stack.callback(hook.remove)
         yield
+
+
+def _stacks(body: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: child for name, child in body.named_children() if isinstance(child, nn.ModuleList)}
 
 
 def _place_for(nbytes: int, device: torch.device) -> torch.device:
