@@ -28,10 +28,10 @@ def test_failures_are_seen():
         "same_on_all_ranks": True,
         "collectives": {"AllReduce": 1},
     }
-    row = {"mlp": "a", "tp": 2, "m": 1, "aware": good}
+    row = {"mlp": "small", "tp": 2, "m": 1, "aware": good}
     assert not failures({2: {"mlps": [row]}})
     wrongs: list[dict[str, Any]] = [
-        {"error_in_floors": 3.5},
+        {"error_in_floors": 2.3},
         {"error_in_floors": float("nan")},
         {"same_on_all_ranks": False},
         {"collectives": {"AllReduce": 1, "AllGather": 1}},
