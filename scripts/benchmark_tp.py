@@ -185,7 +185,14 @@ def measure_parts(
 def measure_collectives(has_one_shot: bool) -> list[dict[str, Any]]:
     """NCCL's collectives and one-shot all-reduces over sizes; the bytes are those of the result."""
     world, rows = dist.get_world_size(), []
-    torchs = TorchOneShot() if has_one_shot else None
+    torchs = None
+    if has_one_shot:
+        try:
+            torchs = TorchOneShot()
+            torchs(torch.zeros(8, dtype=torch.bfloat16, device="cuda"))
+        except (AttributeError, RuntimeError) as error:
+            print(f"torch's one-shot all-reduce does not work here: {error}", flush=True)
+            torchs = None
     for size in SIZES:
         x = torch.zeros(size // 2, dtype=DTYPE, device="cuda")
         part = torch.zeros(size // 2 // world, dtype=DTYPE, device="cuda")
@@ -195,8 +202,9 @@ def measure_collectives(has_one_shot: bool) -> list[dict[str, Any]]:
             "all-reduce": times([partial(all_reduce, x)]),
             "all-gather": times([partial(dist.all_gather_into_tensor, torch.empty_like(x), part)]),
         }
-        if torchs is not None and size <= one_shot.MAX_BYTES:
+        if has_one_shot and size <= one_shot.MAX_BYTES:
             row["one-shot"] = times([partial(one_shot.all_reduce, x)])
+        if torchs is not None:
             row["torch-one-shot"] = times([partial(torchs, x.bfloat16())])
         rows.append(row)
     return rows
