@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .config import QUANT_METHOD, HadaCoreConfig
 from .errors import CheckpointError
 
 
@@ -29,6 +30,25 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_recipe(folder: Path) -> HadaCoreConfig:
+    """How a hadacore checkpoint was quantized.
+
+    Args:
+        folder: local checkpoint.
+
+    Raises:
+        CheckpointError: it is none, or has no readable config.json.
+        ConfigError: it has options that this version does not know.
+    """
+    recipe = read_config_file(folder).get("quantization_config")
+    if not isinstance(recipe, dict) or recipe.get("quant_method") != QUANT_METHOD:
+        method = recipe.get("quant_method") if isinstance(recipe, dict) else recipe
+        raise CheckpointError(
+            f"{folder}: is no hadacore checkpoint (quant_method {method!r}); `hadacore quantize` makes one"
+        )
+    return HadaCoreConfig(**recipe)
 
 
 def load_model_config(folder: Path, *, quantized: bool = False) -> PreTrainedConfig:

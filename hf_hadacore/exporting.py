@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import nn
 
 from . import compat, int4
-from .architecture import find_model_class, load_model_config, read_config_file
+from .architecture import find_model_class, load_model_config, read_recipe
 from .checkpoint import find_source, write_checkpoint
-from .config import QUANT_METHOD, HadaCoreConfig, LayerSpec
-from .errors import CheckpointError, UnsupportedError
+from .config import LayerSpec
+from .errors import UnsupportedError
 from .int4 import Int4Weight
 from .integrity import checkpoint_files, verify_files
 from .layer_plan import plan_layers
@@ -95,7 +95,7 @@ class HadaCoreSource:
         self.folder = folder
         self.provenance: dict[str, Any] = {"exported_to": EXPORT_FORMATS[0]}
         self.unused: list[str] = []
-        config = _read_recipe(folder)
+        config = read_recipe(folder)
         files = checkpoint_files(folder)
         self.stored = self.headers = verify_files(files)
         model_config = load_model_config(folder, quantized=True)
@@ -276,11 +276,3 @@ class _Recipe(dict[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self)
-
-
-def _read_recipe(folder: Path) -> HadaCoreConfig:
-    recipe = read_config_file(folder).get("quantization_config")
-    if not isinstance(recipe, dict) or recipe.get("quant_method") != QUANT_METHOD:
-        method = recipe.get("quant_method") if isinstance(recipe, dict) else recipe
-        raise CheckpointError(f"{folder}: is no hadacore checkpoint (quant_method {method!r})")
-    return HadaCoreConfig(**recipe)
