@@ -138,6 +138,21 @@ def read_evaluation(file: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 def describe_evaluation(report: Mapping[str, Any]) -> str:
     """The report of `evaluate_checkpoint` as a table for people."""
+    rows = evaluation_rows(report)
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2)), row[3]]).rstrip()
+        for row in rows
+    ]
+    if text := report.get("perplexity"):
+        lines.append(
+            f"{text['tokens']:,} tokens of {text['text']}, {text['windows']} windows; {report['device']}"
+        )
+    return "\n".join(lines)
+
+
+def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The figures of a report for people, the header first: what, model, baseline and difference."""
     model, baseline = report["model"], report["baseline"]
     rows = [["", model["name"], baseline["name"] if baseline else "", "difference" if baseline else ""]]
     rows.append(["size", *(format_size(part["bytes"]) if part else "" for part in (model, baseline)), ""])
@@ -154,16 +169,7 @@ def describe_evaluation(report: Mapping[str, Any]) -> str:
             other = _plain(entry["baseline"], 4) if "baseline" in entry else ""
             change = _signed(entry["over_baseline"], 4) if "over_baseline" in entry else ""
             rows.append([f"{name} {metric}", _plain(entry, 4), other, change])
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2)), row[3]]).rstrip()
-        for row in rows
-    ]
-    if text:
-        lines.append(
-            f"{text['tokens']:,} tokens of {text['text']}, {text['windows']} windows; {report['device']}"
-        )
-    return "\n".join(lines)
+    return rows
 
 
 def device_name(device: torch.device) -> str:
