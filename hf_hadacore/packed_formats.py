@@ -23,7 +23,7 @@ import torch
 
 from . import int4
 from .config import LayerSpec
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, FormatError, UnsupportedError
 from .int4 import GROUP_SIZES, NIBBLES_PER_WORD
 from .integrity import TensorInfo
 
@@ -76,7 +76,11 @@ class PackedFormat(ABC):
 
     @abstractmethod
     def unpack_zero(self, words: torch.Tensor, rows: int) -> torch.Tensor:
-        """The zeros: uint8 ``[N, G]``, 0...15."""
+        """The zeros: uint8 ``[N, G]``, 0...15.
+
+        Raises:
+            FormatError: what is stored is ambiguous.
+        """
 
     def spec(self, name: str, in_features: int, parts: Mapping[str, TensorInfo]) -> LayerSpec:
         """Group size and symmetry of a layer.
@@ -139,6 +143,7 @@ class Gptq(PackedFormat):
         self._is_v1 = version == "gptq"
         self._spec = LayerSpec(_group_size(recipe.get("group_size")), recipe.get("sym", True) is not False)
         meta = recipe.get("meta")
+        # GPTQModel adds and subtracts 1 in whole words, so that a zero point of 0 borrows from its neighbour.
         self._borrows = "gptqmodel" in str(meta.get("quantizer") if isinstance(meta, dict) else None).lower()
         self.title = f"gptq ({'v1' if self._is_v1 else 'v2'})"
 
@@ -151,8 +156,15 @@ class Gptq(PackedFormat):
     def unpack_zero(self, words: torch.Tensor, rows: int) -> torch.Tensor:
         if not self._is_v1:
             return int4.unpack(words).T
-        # A zero of 0 is stored as -1: GPTQModel borrows from the next nibble, AutoGPTQ wraps around.
-        return int4.unpack(words + _ONES).T if self._borrows else (int4.unpack(words).T + 1) & int4.MAX_Q
+        if self._borrows:
+            return int4.unpack(words + _ONES).T
+        stored = int4.unpack(words).T
+        if (stored == int4.MAX_Q).any():
+            raise FormatError(
+                "a zero point of 0 was stored as -1, which damages its neighbours and which AutoGPTQ's own "
+                "kernels read as 0 or as 16; quantize again with checkpoint_format 'gptq_v2'"
+            )
+        return stored + 1
 
 
 class Awq(PackedFormat):

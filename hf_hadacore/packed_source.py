@@ -114,17 +114,23 @@ class PackedSource(SourceModel):
         tensors = self._read(layer, [s for s in (names.scale, names.zero, names.group_of) if s in parts])
         if not tensors[names.scale].isfinite().all():
             raise CheckpointError(f"{layer}.{names.scale} holds NaN or infinite values")
-        if spec.symmetric and names.zero in tensors:
-            wrong = names.unpack_zero(tensors[names.zero], rows)
-            wrong = wrong[wrong != int4.SYMMETRIC_ZERO]
-            if wrong.numel():
-                raise CheckpointError(
-                    f"{layer}.{names.zero}: expected {int4.SYMMETRIC_ZERO} everywhere, as config.json says "
-                    f"that weights are symmetric, found {int(wrong[0])} (read as {names.title})"
-                )
+        if names.zero in tensors:
+            self._check_zeros(f"{layer}.{names.zero}", tensors[names.zero], rows, spec)
         if names.group_of not in tensors:
             return None
         return group_order(tensors[names.group_of], spec.group_size, f"{layer}.{names.group_of}")
+
+    def _check_zeros(self, name: str, words: torch.Tensor, rows: int, spec: LayerSpec) -> None:
+        try:
+            zero = self._format.unpack_zero(words, rows)
+        except FormatError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        others = zero[zero != int4.SYMMETRIC_ZERO]
+        if spec.symmetric and others.numel():
+            raise CheckpointError(
+                f"{name}: expected {int4.SYMMETRIC_ZERO} everywhere, as config.json says that weights are "
+                f"symmetric, found {int(others[0])} (read as {self._format.title})"
+            )
 
     def _read(self, layer: str, suffixes: Iterable[str]) -> dict[str, torch.Tensor]:
         parts = self._parts[layer]
@@ -147,7 +153,10 @@ class PackedSource(SourceModel):
         """The config that makes int4 modules of exactly the packed layers."""
         self._check_unused()
         packed = {name: self._layers_of(name) for name in self._sources if self._layers_of(name)}
-        specs = {_module_of(name): self._specs[layers[0]] for name, layers in packed.items()}
+        modules: dict[str, list[str]] = {}
+        for name, layers in packed.items():
+            modules.setdefault(_module_of(name), []).extend(layers)
+        specs = {module: self._common_spec(module, layers) for module, layers in modules.items()}
         common = Counter(specs.values()).most_common(1)[0][0]
         config.group_size, config.symmetric = common.group_size, common.symmetric
         if self._format.title.startswith("gptq"):
@@ -168,7 +177,7 @@ class PackedSource(SourceModel):
         for spec in set(specs.values()) - {common}:
             names = [name for name in specs if specs[name] == spec]
             override(names, group_size=spec.group_size, symmetric=spec.symmetric)
-        self._plan_orders(plain, {_module_of(name): layers for name, layers in packed.items()})
+        self._plan_orders(plain, modules)
         config.input_permutations = name_patterns(self._stored_orders, candidates)
         config.validate()
         self._check_plan(plan_layers(plain, config), packed, plain)
@@ -191,15 +200,19 @@ class PackedSource(SourceModel):
         """The packed layers that a Parameter is made of; empty if it is none of them."""
         sources = self._sources[parameter].values()
         layers = [layer for source in sources if (layer := self._layer_of(source))]
-        if not layers:
-            return []
-        if len(layers) < len(sources) or len({self._specs[layer] for layer in layers}) > 1:
-            raise UnsupportedError(
-                f"{parameter} is made of {len(sources)} tensors that are not all quantized alike"
-            )
+        if layers and len(layers) < len(sources):
+            raise UnsupportedError(f"{parameter}: only {len(layers)} of its {len(sources)} parts are packed")
         return layers
 
-    def _plan_orders(self, plain: PreTrainedModel, packed: Mapping[str, list[str]]) -> None:
+    def _common_spec(self, module: str, layers: list[str]) -> LayerSpec:
+        specs = {self._specs[layer] for layer in layers}
+        if len(specs) > 1:
+            raise UnsupportedError(
+                f"{module}: its {len(layers)} parts have several group sizes or symmetries"
+            )
+        return specs.pop()
+
+    def _plan_orders(self, plain: PreTrainedModel, modules: Mapping[str, list[str]]) -> None:
         """Where the order of each layer's columns goes: into the rows before it, or beside the weight."""
         self._stored_orders: dict[str, torch.Tensor] = {}
         self._row_orders: dict[str, torch.Tensor] = {}
@@ -208,21 +221,22 @@ class PackedSource(SourceModel):
         if not self._orders:
             return
         groups = {name: group for group in permutation_groups(plain) for name in group.consumers}
-        for name, layers in packed.items():
-            orders = [self._orders[layer] for layer in layers if layer in self._orders]
-            if not orders:
+        for name, layers in modules.items():
+            ordered = [layer for layer in layers if layer in self._orders]
+            if not ordered:
                 continue
-            if len(layers) > 1 or expert_projections(plain.get_submodule(name)):
+            if len(layers) > 1:
                 raise UnsupportedError(
-                    f"{name}: fused experts with act-order ({layers[0]}) cannot be imported"
+                    f"{ordered[0]}: act-order in one of the parts of {name} is not imported"
                 )
+            order = self._orders[ordered[0]]
             group = groups.get(name)
             if group is not None and group.producers:
-                if self._bake(group, orders[0], plain):
+                if self._bake(group, order, plain):
                     self._baked.add(name)
                     continue
                 self._not_row_parallel.add(name)
-            self._stored_orders[name] = orders[0]
+            self._stored_orders[name] = order
 
     def _bake(self, group: PermutationGroup, order: torch.Tensor, plain: PreTrainedModel) -> bool:
         """Put an order into the rows of the layers before; False if that cannot be."""
