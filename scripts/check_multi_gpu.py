@@ -93,7 +93,10 @@ def load(folder: Path, attention: str, place: str) -> Any:
     """
     where: dict[str, Any] = {"device_map": {"": device_name()}}
     if place == "auto":
-        where = {"device_map": "auto"}
+        # A share of the memory that none of them can do with alone.
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        most = int(1.2 * size / torch.cuda.device_count()) + 1
+        where = {"device_map": "auto", "max_memory": dict.fromkeys(range(torch.cuda.device_count()), most)}
     elif place == "ranks":
         where = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
     return AutoModelForCausalLM.from_pretrained(
@@ -134,7 +137,7 @@ def save_logits(root: Path, places: list[str], with_one_shot: bool = False) -> d
                 ids = torch.randint(
                     vocabulary, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(1)
                 )
-                logits = forced(model, ids.to(device_name()))
+                logits = forced(model, ids.to(model.device))
                 devices[f"{form} {attention} {place}"] = sorted({str(p.device) for p in model.parameters()})
                 if dist.get_rank() == 0:
                     save_file({"logits": logits.contiguous()}, logits_file(root, form, attention, place))
