@@ -203,15 +203,18 @@ class HadaCoreSource:
                 raise UnsupportedError(f"{name}: compressed-tensors has no layout for these fused experts")
             rows, in_features = packed.shape[0], packed.shape[1] * int4.NIBBLES_PER_WORD
             layer = weight.removesuffix(".weight")
+            # Some versions of transformers squeeze what they split.
+            scale = split["_scale"][weight].reshape(rows, -1)
             converted[f"{layer}.weight_packed"] = packed
-            converted[f"{layer}.weight_scale"] = split["_scale"][weight]
+            converted[f"{layer}.weight_scale"] = scale
             converted[f"{layer}.weight_shape"] = torch.tensor([rows, in_features], device=packed.device)
             if "_zero" in split:
-                zero = nn.functional.pad(split["_zero"][weight].T, (0, -rows % int4.NIBBLES_PER_WORD))
-                converted[f"{layer}.weight_zero_point"] = int4.pack(zero).T
+                zero = split["_zero"][weight].reshape(rows, -1).T
+                padded = nn.functional.pad(zero, (0, -rows % int4.NIBBLES_PER_WORD))
+                converted[f"{layer}.weight_zero_point"] = int4.pack(padded).T
             spec = self._spec(name)
-            groups = split["_scale"][weight].shape[1]
-            self._schemes[layer] = LayerSpec(-1 if groups == 1 else spec.group_size, spec.symmetric)
+            group_size = -1 if scale.shape[1] == 1 else spec.group_size
+            self._schemes[layer] = LayerSpec(group_size, spec.symmetric)
         return converted
 
     def _quantization_config(self) -> dict[str, Any]:
