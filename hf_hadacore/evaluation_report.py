@@ -98,9 +98,9 @@ def evaluate_checkpoint(
     if tasks:
         report["tasks"] = {}
     for task, items in questions.items():
-        found = [_answer(*pair, items, progress) for pair in models]
+        found = [answer_questions(*pair, items, progress) for pair in models]
         digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
-        report["tasks"][Path(task).stem] = {"sha256": digest, **_task_entry(found)}
+        report["tasks"][Path(task).stem] = {"sha256": digest, **task_entry(found)}
     if by_name:
         results = [
             run_tasks(*pair, by_name, few_shot=few_shot, limit=limit, batch_size=batch_size)
@@ -108,7 +108,7 @@ def evaluate_checkpoint(
         ]
         for name in results[0]:
             found = [result[name] for result in results]
-            report["tasks"][name] = {"few_shot": few_shot, **_task_entry(found)}
+            report["tasks"][name] = {"few_shot": few_shot, **task_entry(found)}
     return report
 
 
@@ -185,6 +185,38 @@ def as_json(estimate: Estimate) -> dict[str, float | None]:
     return {"value": value, "standard_error": error}
 
 
+def answer_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], progress: bool = True
+) -> TaskResult:
+    """`multiple_choice`, with the names that lm-eval has for its metrics.
+
+    Args:
+        model, tokenizer, items, progress: as there.
+    """
+    result = multiple_choice(model, tokenizer, items, progress=progress)
+    return TaskResult(
+        len(items),
+        {"acc": result.accuracy, "acc_norm": result.normalized_accuracy},
+        {"acc": result.correct.double(), "acc_norm": result.correct_normalized.double()},
+    )
+
+
+def task_entry(found: Sequence[TaskResult]) -> dict[str, Any]:
+    """A result in a report.
+
+    Args:
+        found: of the model, and of the baseline if there is one.
+    """
+    metrics: dict[str, Any] = {name: as_json(estimate) for name, estimate in found[0].metrics.items()}
+    for other in found[1:]:
+        changes = found[0].over(other)
+        for name, entry in metrics.items():
+            entry["baseline"] = as_json(other.metrics[name])
+            if name in changes:
+                entry["over_baseline"] = as_json(changes[name])
+    return {"items": found[0].items, "metrics": metrics}
+
+
 def _measure_perplexity(
     models: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]],
     text: Text,
@@ -228,30 +260,6 @@ def _nll_entry(result: Perplexity) -> dict[str, Any]:
         "nll": as_json(Estimate.of(by_window)),
         "nll_by_window": [round(nll, 6) for nll in by_window.tolist()],
     }
-
-
-def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], progress: bool
-) -> TaskResult:
-    """A .jsonl task with the names that lm-eval has for the same metrics."""
-    result = multiple_choice(model, tokenizer, items, progress=progress)
-    return TaskResult(
-        len(items),
-        {"acc": result.accuracy, "acc_norm": result.normalized_accuracy},
-        {"acc": result.correct.double(), "acc_norm": result.correct_normalized.double()},
-    )
-
-
-def _task_entry(found: Sequence[TaskResult]) -> dict[str, Any]:
-    """The first result, beside the second if there is one."""
-    metrics: dict[str, Any] = {name: as_json(estimate) for name, estimate in found[0].metrics.items()}
-    for other in found[1:]:
-        changes = found[0].over(other)
-        for name, entry in metrics.items():
-            entry["baseline"] = as_json(other.metrics[name])
-            if name in changes:
-                entry["over_baseline"] = as_json(changes[name])
-    return {"items": found[0].items, "metrics": metrics}
 
 
 def _describe_model(source: str, model: PreTrainedModel) -> dict[str, Any]:

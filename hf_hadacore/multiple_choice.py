@@ -17,7 +17,7 @@ from .errors import EvaluationError
 from .evaluate import Estimate, bos_token, fp32_logits
 from .kv_cache import HadaCoreCache, attention_mode
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 8192
 _NO_TOKEN = -100  # what cross_entropy gives a loss of 0
 
 

@@ -1,17 +1,24 @@
-"""What quantization costs in perplexity, on real models: min-max rounding beside the searched grid.
+"""What quantization costs on real models: perplexity, distance from bf16, answers, size, recipe by recipe.
 
-    python scripts/benchmark_quality.py --text wikipedia_eval.txt --json scripts/results/quality.json
+    python scripts/benchmark_quality.py --data DATA --json scripts/results/quality.json
 
-Weights are replaced by the values that their int4 form stands for, and the model runs in fp32, so that only
-the weights' error is measured. The models are dequantized GGUF files: what is measured is a second
-quantization. SmolLM2's weights stem from a group-32 grid with real-valued minima, which integer zeros, as
-here, do not rediscover; group 32 asymmetric is left out all the same.
+DATA holds wikipedia_eval.txt, wikipedia_calibration.txt and the .jsonl files of multiple-choice questions.
+Every recipe is a checkpoint written by `quantize_checkpoint`, loaded and run as users do, in bf16 with fp32
+logits; plain min-max rounding, which users are not offered, is put into the bf16 model as values. The models
+are dequantized GGUF files: what is measured is a second quantization. SmolLM2's weights stem from a group-32
+grid with real-valued minima, which integer zeros, as here, do not rediscover; group 32 is left out all the
+same.
 """
 
 import json
+import multiprocessing
 import platform
+import re
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,157 +27,312 @@ import transformers
 import typer
 from real_models import MODELS, export_checkpoint
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.calibration import Calibration
+from hf_hadacore.checkpoint import quantize_checkpoint
+from hf_hadacore.evaluate import compare, encode, paired_difference
+from hf_hadacore.evaluation_report import answer_questions, device_name, task_entry
+from hf_hadacore.evaluation_report import as_json as estimate_as_json
+from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.layer_plan import plan_layers
+from hf_hadacore.multiple_choice import read_items
+from hf_hadacore.pretrained import load_pretrained
 from hf_hadacore.solvers.rtn import quantization_error, quantize_weight
 
-WINDOWS = {"smollm2-135m": 20, "gemma-3-270m": 15}
+TEXT, CALIBRATION = "wikipedia_eval.txt", "wikipedia_calibration.txt"
 CONTEXT = 1024
+WINDOWS = {"cuda": 100, "cpu": 20}
+ACT_ORDERS: dict[bool | str, str] = {
+    False: "GPTQ",
+    "static": "GPTQ, act-order",
+    "permuted": "GPTQ, act-order, permuted",
+}
 
 
 class Recipe(NamedTuple):
-    group_size: int
-    symmetric: bool
-    search: bool
+    """How a model is quantized.
+
+    Attributes:
+        method: None for full precision, "min-max", "rtn" or "gptq".
+        group_size, act_order, quantize_lm_head, attention: as in `HadaCoreConfig`.
+    """
+
+    method: str | None
+    group_size: int = 128
+    act_order: bool | str = False
     quantize_lm_head: bool = False
+    attention: str | None = None
 
     @property
     def name(self) -> str:
-        kind = "symmetric" if self.symmetric else "asymmetric"
-        head = ", int4 head" if self.quantize_lm_head else ""
-        return f"{kind}, group {self.group_size}, {'searched' if self.search else 'min-max'}{head}"
+        """For people."""
+        parts = ["bf16"]
+        if self.method is not None:
+            kind = {"min-max": "min-max", "rtn": "searched", "gptq": ACT_ORDERS[self.act_order]}[self.method]
+            parts = ["asymmetric", f"group {self.group_size}", kind]
+        head = ["int4 head"] if self.quantize_lm_head else []
+        return ", ".join([*parts, *head, *([f"{self.attention} attention"] if self.attention else [])])
+
+    @property
+    def weights(self) -> "Recipe":
+        """The recipe without its attention."""
+        return self._replace(attention=None)
+
+    def steps_before(self) -> dict[str, "Recipe"]:
+        """The simpler recipes that this one is compared with, by the name of the gain."""
+        if self.method is None or self.quantize_lm_head or self.attention:
+            return {}
+        plain = {
+            "gain_over_minmax": Recipe("min-max", self.group_size),
+            "gain_over_searched": Recipe("rtn", self.group_size),
+            "gain_over_gptq": Recipe("gptq", self.group_size),
+        }
+        return dict(takewhile(lambda step: step[1] != self, plain.items()))
 
 
-# The search beside min-max, what an int4 head costs, and the default group size.
 RECIPES = [
-    Recipe(64, symmetric=False, search=False),
-    Recipe(64, symmetric=False, search=True),
-    Recipe(64, symmetric=False, search=True, quantize_lm_head=True),
-    Recipe(128, symmetric=False, search=True),
+    *(
+        recipe
+        for group_size in (64, 128)
+        for recipe in (
+            Recipe("min-max", group_size),
+            Recipe("rtn", group_size),
+            *(Recipe("gptq", group_size, act_order) for act_order in ACT_ORDERS),
+        )
+    ),
+    Recipe("rtn", 64, quantize_lm_head=True),
+    *(
+        recipe._replace(attention=mode)
+        for recipe in (Recipe(None), Recipe("rtn", 128), Recipe("gptq", 64, "static"))
+        for mode in ("fp8", "int8-fp8")
+    ),
 ]
 
 
-def with_int4_values(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, torch.Tensor], float, float]:
-    """Put the values of the recipe's int4 weights into the model.
+class Options(NamedTuple):
+    """What is measured, and where."""
+
+    data: Path
+    work: Path
+    recipes: list[Recipe]
+    device: str
+    dtype: str
+    windows: int
+    limit: int | None
+    samples: int
+    sequence_length: int
+
+
+def quantize(recipe: Recipe, src: Path, dst: Path, options: Options) -> dict[str, Any]:
+    """Write the checkpoint of a recipe as users do.
 
     Returns:
-        The original weights to put back, the mean relative error, and bits per quantized weight.
+        What a row says of it.
     """
     config = HadaCoreConfig(
-        group_size=recipe.group_size, symmetric=recipe.symmetric, quantize_lm_head=recipe.quantize_lm_head
+        method=recipe.method or "",
+        group_size=recipe.group_size,
+        act_order=recipe.act_order,
+        quantize_lm_head=recipe.quantize_lm_head,
     )
-    plan = plan_layers(model, config)
-    names = [*plan.linears, *filter(None, [plan.tied_head])]
-    originals, errors, bits, elements = {}, [], 0, 0
-    for name in names:
+    calibration = Calibration(options.data / CALIBRATION, options.samples, options.sequence_length)
+    start = time.perf_counter()
+    report = quantize_checkpoint(
+        src, dst, config, device=options.device, calibration=calibration if recipe.method == "gptq" else None
+    )
+    seconds = time.perf_counter() - start
+    errors = [layer["relative_error"] for layer in report["layers"]]
+    summary = inspect_checkpoint(dst)
+    return {
+        "bits_per_weight": round(summary["bits_per_weight"], 3),
+        "bytes": summary["bytes"],
+        "relative_weight_error": round(sum(errors) / len(errors), 5),
+        "seconds_to_quantize": round(seconds, 1),
+    }
+
+
+def put_minmax_values(model: PreTrainedModel, group_size: int) -> dict[str, Any]:
+    """Replace a model's weights by the values of min-max rounding.
+
+    Returns:
+        What a row says of them.
+    """
+    errors, bits, elements = [], 0, 0
+    for name in plan_layers(model, HadaCoreConfig(group_size=group_size)).linears:
         linear = model.get_submodule(name)
         weight = linear.get_parameter("weight").detach()
         quantized = quantize_weight(
             weight,
-            group_size=recipe.group_size,
-            symmetric=recipe.symmetric,
+            group_size=group_size,
+            symmetric=False,
             scale_dtype=torch.bfloat16,
-            search=recipe.search,
+            search=False,
             name=name,
         )
-        originals[name] = weight
-        # A tied head gets a Parameter of its own; the embedding keeps the original.
-        linear.register_parameter(
-            "weight", nn.Parameter(quantized.dequantize(torch.float32), requires_grad=False)
-        )
+        values = quantized.dequantize(torch.float32).to(weight.dtype)
+        linear.register_parameter("weight", nn.Parameter(values, requires_grad=False))
         errors.append(quantization_error(weight, quantized))
         bits += sum(t.numel() * t.element_size() * 8 for t in quantized[:3] if t is not None)
         elements += weight.numel()
-    return originals, sum(errors) / len(errors), bits / elements
-
-
-def restore(model: PreTrainedModel, originals: dict[str, torch.Tensor]) -> None:
-    for name, weight in originals.items():
-        model.get_submodule(name).register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return {
+        "bits_per_weight": round(bits / elements, 3),
+        "bytes": None,  # no checkpoint
+        "relative_weight_error": round(sum(errors) / len(errors), 5),
+    }
 
 
 def as_json(difference: tuple[float, float]) -> dict[str, float]:
     return {"nll": round(difference[0], 5), "standard_error": round(difference[1], 5)}
 
 
-def measure(name: str, text: str, windows: int, work: Path) -> dict[str, Any]:
+def make_models(
+    src: Path, folder: Path, options: Options
+) -> dict[Recipe, tuple[PreTrainedModel, dict[str, Any]]]:
+    """The model of every recipe, and what a row says of its weights."""
+    made: dict[Recipe, tuple[Path, dict[str, Any]]] = {}
+    models = {}
+    for recipe in options.recipes:
+        weights = recipe._replace(attention=None)
+        if recipe.method in (None, "min-max"):
+            made[weights] = src, {"bits_per_weight": 16, "bytes": inspect_checkpoint(src)["bytes"]}
+        elif weights not in made:
+            dst = folder / str(len(made))
+            made[weights] = dst, quantize(recipe, src, dst, options)
+        checkpoint, facts = made[weights]
+        model = load(checkpoint, options, attention=recipe.attention)[0]
+        if recipe.method == "min-max":
+            facts = put_minmax_values(model, recipe.group_size)
+        models[recipe] = model, facts
+    return models
+
+
+def load(folder: Path, options: Options, attention: str | None = None) -> tuple[PreTrainedModel, Any]:
+    return load_pretrained(str(folder), device=options.device, dtype=options.dtype, attention=attention)
+
+
+def measure(name: str, options: Options) -> dict[str, Any]:
     """Every recipe on one model."""
-    folder = export_checkpoint(name, work / name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, bos = encode(tokenizer, text)
-    baseline = perplexity(model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True)
-    results: dict[Recipe, Perplexity] = {}
+    start = time.perf_counter()
+    src = export_checkpoint(name, options.work / name)
+    tasks = {file.stem: read_items(file)[: options.limit] for file in sorted(options.data.glob("*.jsonl"))}
+    baseline, tokenizer = load(src, options)
+    ids, bos = encode(tokenizer, (options.data / TEXT).read_text("utf-8"))
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        models = make_models(src, Path(temporary), options)
+    expected, found = compare(
+        [model for model, _ in models.values()],
+        baseline,
+        ids,
+        bos=bos,
+        context=CONTEXT,
+        windows=options.windows,
+        progress=True,
+    )
+    results = dict(zip(models, found, strict=True))
+    right = {task: answer_questions(baseline, tokenizer, items) for task, items in tasks.items()}
     rows = []
-    for recipe in RECIPES:
-        originals, error, bits = with_int4_values(model, recipe)
-        results[recipe] = result = perplexity(
-            model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True
-        )
-        restore(model, originals)
-        row: dict[str, Any] = recipe._asdict() | {
+    for recipe, (model, facts) in models.items():
+        nll = results[recipe].perplexity
+        row: dict[str, Any] = {
+            **recipe._asdict(),
             "recipe": recipe.name,
-            "bits_per_weight": round(bits, 3),
-            "relative_weight_error": round(error, 5),
-            "perplexity": round(result.perplexity, 3),
-            "over_baseline": as_json(paired_difference(result, baseline)),
+            **facts,
+            "perplexity": round(nll.perplexity, 3),
+            "over_baseline": as_json(paired_difference(nll, expected)),
+            "kl": estimate_as_json(results[recipe].kl),
+            "top1_agreement": estimate_as_json(results[recipe].top1_agreement),
         }
-        plain = recipe._replace(search=False)
-        if recipe.search and plain in results:
-            row["gain_over_minmax"] = as_json(paired_difference(results[plain], result))
-        with_plain_head = recipe._replace(quantize_lm_head=False)
-        if recipe.quantize_lm_head:
-            row["cost_of_int4_head"] = as_json(paired_difference(result, results[with_plain_head]))
+        for gain, step in recipe.steps_before().items():
+            if step in results:
+                row[gain] = as_json(paired_difference(results[step].perplexity, nll))
+        full_head = recipe._replace(quantize_lm_head=False)
+        if recipe.quantize_lm_head and full_head in results:
+            row["cost_of_int4_head"] = as_json(paired_difference(nll, results[full_head].perplexity))
+        row["tasks"] = {
+            task: task_entry([answer_questions(model, tokenizer, items), right[task]])
+            for task, items in tasks.items()
+        }
         rows.append(row)
-        print(
-            f"{name}: {recipe.name:40} perplexity {result.perplexity:.3f}  {row['over_baseline']}",
-            row.get("gain_over_minmax", ""),
-            flush=True,
-        )
+        print(f"{name}: {describe(row)}", flush=True)
     return {
         "title": MODELS[name].title,
         "origin": "dequantized GGUF",
-        "tokens": baseline.token_nll.numel(),
-        "baseline_perplexity": round(baseline.perplexity, 3),
+        "tokens": expected.token_nll.numel(),
+        "baseline_perplexity": round(expected.perplexity, 3),
+        "baseline_bytes": inspect_checkpoint(src)["bytes"],
+        "baseline_tasks": {task: task_entry([answers]) for task, answers in right.items()},
         "recipes": rows,
+        "seconds": round(time.perf_counter() - start),
     }
 
 
+def describe(row: dict[str, Any]) -> str:
+    """A row of the report on a line."""
+    change = row["over_baseline"]
+    answers = " ".join(f"{task['metrics']['acc']['value']:.3f}" for task in row["tasks"].values())
+    return (
+        f"{row['recipe']:58} perplexity {row['perplexity']:7.3f} "
+        f"({change['nll']:+.4f} ± {change['standard_error']:.4f})  KL {row['kl']['value']:.4f}  "
+        f"top-1 {row['top1_agreement']['value']:.3f}  answers {answers}"
+    )
+
+
 def main(
-    text: Annotated[Path, typer.Option(help="Evaluation text, UTF-8.")],
+    data: Annotated[Path, typer.Option(help="Folder of the text files and questions.")],
     model: Annotated[list[str] | None, typer.Option(help=f"Of {list(MODELS)}; repeatable.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of 1024 tokens; default 20 and 15.")] = None,
-    work: Annotated[Path, typer.Option(help="Where checkpoints are exported to.")] = Path("demo_output"),
+    only: Annotated[
+        str, typer.Option(metavar="REGEX", help="Recipes to measure, by their names; default: all.")
+    ] = "",
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
+    work: Annotated[
+        Path, typer.Option(help="Where checkpoints are exported to, unless they are there.")
+    ] = Path("demo_output"),
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the computation.")] = "bfloat16",
+    jobs: Annotated[int, typer.Option(help="Models to measure side by side, each in a process.")] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Where to write the results; other models' are kept.")
     ] = None,
 ) -> None:
-    content = text.read_text(encoding="utf-8")
-    names = model or list(MODELS)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    recipes = [recipe for recipe in RECIPES if re.search(only, recipe.name)]
+    if not recipes:
+        raise typer.BadParameter(f"{only!r} matches no recipe", param_hint="--only")
+    windows = windows or WINDOWS[torch.device(device).type]
+    options = Options(data, work, recipes, device, dtype, windows, limit, samples, sequence_length)
+    command = [f"--samples {samples} --sequence-length {sequence_length} --windows {windows} --dtype {dtype}"]
+    command += [f"--only '{only}'"] * bool(only) + [f"--limit {limit}"] * bool(limit)
     report: dict[str, Any] = {
-        "command": f"python scripts/benchmark_quality.py --text {text.name}",
+        "command": " ".join(["python scripts/benchmark_quality.py --data DATA", *command]),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device(device)),
         "versions": {
             "hf_hadacore": hf_hadacore.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "text": text.name,
+        "text": TEXT,
         "context": CONTEXT,
         "models": {},
     }
-    for name in names:
-        start = time.perf_counter()
-        measured = measure(name, content, windows or WINDOWS[name], work)
-        report["models"][name] = measured | {"seconds": round(time.perf_counter() - start)}
-        if json_file is not None:
-            merge_report(report, json_file)
+    names = model or list(MODELS)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, measured in zip(names, pool.map(measure, names, [options] * len(names)), strict=True):
+            report["models"][name] = measured
+            if json_file is not None:
+                merge_report(report, json_file)
+    for name, measured in report["models"].items():
+        print(f"\n{name}, {measured['tokens']} tokens, bf16 perplexity {measured['baseline_perplexity']}")
+        print("\n".join(describe(row) for row in measured["recipes"]))
 
 
 def merge_report(report: dict[str, Any], file: Path) -> None:

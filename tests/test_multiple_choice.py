@@ -36,7 +36,7 @@ def words(text: str) -> list[int]:
 
 @pytest.mark.transformers_versions
 @pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("batch_tokens", [4096, 1, 15])
+@pytest.mark.parametrize("batch_tokens", [8192, 1, 15])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_equals_plain_forward_passes(
     monkeypatch: pytest.MonkeyPatch, name: str, batch_tokens: int, adds_bos: bool

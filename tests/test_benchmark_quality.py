@@ -1,0 +1,60 @@
+"""The quality benchmark on a tiny model: every recipe, from its checkpoint to its row."""
+
+from pathlib import Path
+
+import benchmark_quality
+import pytest
+from benchmark_quality import RECIPES, Options, Recipe, measure
+from evaluation_cases import random_words, word_tokenizer, write_task
+from real_models import MODELS
+from tiny_models import make_model
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
+    monkeypatch.setitem(MODELS, "tiny", MODELS["smollm2-135m"])
+    monkeypatch.setattr(benchmark_quality, "CONTEXT", 16)
+    make_model("llama").save_pretrained(tmp_path / "tiny")
+    word_tokenizer().save_pretrained(tmp_path / "tiny")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / benchmark_quality.TEXT).write_text(random_words(100))
+    (data / benchmark_quality.CALIBRATION).write_text(random_words(400, seed=1))
+    write_task(data / "trivia.jsonl")
+    return Options(
+        *(data, tmp_path, RECIPES),
+        **{"device": "cpu", "dtype": "bfloat16", "windows": 3, "limit": 8},
+        **{"samples": 8, "sequence_length": 32},
+    )
+
+
+def test_every_recipe(options: Options) -> None:
+    report = measure("tiny", options)
+    assert report["tokens"] == 45
+    rows = {row["recipe"]: row for row in report["recipes"]}
+    assert len(rows) == len(RECIPES)
+    assert [file.name for file in sorted(options.work.iterdir())] == ["data", "tiny"]
+    for row in rows.values():
+        assert row["kl"]["value"] > 0 and 0 < row["top1_agreement"]["value"] <= 1
+        metric = row["tasks"]["trivia"]["metrics"]["acc"]
+        assert metric["baseline"] == report["baseline_tasks"]["trivia"]["metrics"]["acc"]
+        assert row["tasks"]["trivia"]["items"] == 8
+    assert rows["bf16, fp8 attention"]["bytes"] == report["baseline_bytes"]
+    searched, minmax = rows["asymmetric, group 64, searched"], rows["asymmetric, group 64, min-max"]
+    assert searched["bits_per_weight"] == minmax["bits_per_weight"]
+    assert searched["relative_weight_error"] < minmax["relative_weight_error"]
+    assert searched["gain_over_minmax"]["nll"] == pytest.approx(
+        minmax["over_baseline"]["nll"] - searched["over_baseline"]["nll"], abs=2e-5
+    )
+    assert "cost_of_int4_head" in rows["asymmetric, group 64, searched, int4 head"]
+    nlls = [row["over_baseline"]["nll"] for row in rows.values()]
+    assert len(set(nlls)) == len(nlls)  # every recipe is another model
+
+
+def test_what_recipes_are_compared_with() -> None:
+    assert list(Recipe("min-max", 64).steps_before()) == []
+    assert list(Recipe("rtn", 64).steps_before()) == ["gain_over_minmax"]
+    assert list(Recipe("gptq", 64).steps_before()) == ["gain_over_minmax", "gain_over_searched"]
+    steps = Recipe("gptq", 64, "static").steps_before()
+    assert steps["gain_over_gptq"] == Recipe("gptq", 64) and len(steps) == 3
+    assert Recipe("rtn", 64, attention="fp8").steps_before() == {} == Recipe(None).steps_before()
