@@ -147,7 +147,8 @@ def _rows(calibration: Calibration) -> Iterator[dict[str, Any]]:
     except CalibrationError:
         raise
     except Exception as error:  # damaged files and a missing network fail in many ways
-        raise CalibrationError(f"{calibration.title}: cannot be read: {error}") from error
+        what = str(error) or type(error).__name__
+        raise CalibrationError(f"{calibration.title}: cannot be read: {what}") from error
 
 
 def _loading_options(calibration: Calibration) -> dict[str, Any]:

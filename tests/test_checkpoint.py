@@ -301,16 +301,25 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the package may catch it."""
 
 
-def fail_at_call(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Let the process "end" at the n-th call that changes the disk, before the call has done its work."""
-    calls = 0
+def raise_killed() -> None:
+    raise Killed
+
+
+def fail_at_call(
+    monkeypatch: pytest.MonkeyPatch, number: int, die: Callable[[], None] = raise_killed
+) -> list[str]:
+    """Let the process "end" at the n-th call that changes the disk, before the call has done its work.
+
+    Returns:
+        What was called, as it grows.
+    """
+    calls: list[str] = []
 
     def dying(function: Callable) -> Callable:
         def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                raise Killed
+            calls.append(function.__name__)
+            if len(calls) == number:
+                die()
             return function(*args, **kwargs)
 
         return wrapper
@@ -319,6 +328,7 @@ def fail_at_call(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("copyfile", "rmtree"):
         monkeypatch.setattr(shutil, name, dying(getattr(shutil, name)))
+    return calls
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, number: int, src: Path, dst: Path) -> bool:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import make_model
+from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from hf_hadacore import HadaCoreCache, __version__, checkpoint
@@ -27,15 +26,7 @@ def run(*arguments: object):
 def src(tmp_path: Path) -> Path:
     folder = tmp_path / "src"
     make_model("llama").save_pretrained(folder)
-    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        chat_template="{% for message in messages %}w7 {{ message['content'] }} {% endfor %}w8",
-    ).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -73,6 +64,43 @@ def test_quantize_passes_its_options_on(src: Path, tmp_path: Path) -> None:
     assert json.loads((dst / "config.json").read_text())["dtype"] == "float16"
     assert (dst / "model.safetensors.index.json").exists()
     assert (dst / "tokenizer.json").exists()
+
+
+def test_quantize_with_calibration(src: Path, tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text(" ".join(f"w{9 + 7 * i % 80}" for i in range(200)))
+    options = ("--method", "gptq", "--calibration", text, "--samples", 6, "--sequence-length", 16)
+    result = run("quantize", src, tmp_path / "int4", *options, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
+    assert (recipe["method"], recipe["act_order"]) == ("gptq", "static")
+    report = json.loads((tmp_path / "int4" / "quantization_report.json").read_text())
+    assert report["calibration"]["source"] == "prose.txt"
+    assert str(tmp_path) not in json.dumps(report)
+    natural = run("quantize", src, tmp_path / "natural", *options, "--device", "cpu", "--act-order", "none")
+    assert natural.exit_code == 0, natural.output
+    assert json.loads((tmp_path / "natural" / "config.json").read_text())["quantization_config"][
+        "act_order"
+    ] is False  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "gptq"], "needs calibration data"),
+        (["--method", "gptq", "--calibration", "no.txt"], r"no.txt: there is no such file"),
+        (["--method", "gptq", "--calibration", "no.txt", "--act-order", "sideways"], "act_order must be"),
+        (["--calibration", "no.txt"], "uses no calibration data"),
+        (["--act-order", "static"], 'needs method="gptq"'),
+    ],
+)
+def test_calibration_errors_come_before_any_work(
+    src: Path, tmp_path: Path, options: list[str], says: str
+) -> None:
+    result = run("quantize", src, tmp_path / "int4", *options)
+    assert result.exit_code == 1
+    assert says in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_errors_are_one_line_and_exit_code_1(
