@@ -85,6 +85,10 @@ def w4a16_speed() -> str:
         ["many tokens: µs, times as fast as cuBLAS on bf16 weights", *(f"M = {m}" for m in many)],
         [[f"{n}x{k}", *(_beside_cublas(cells[n, k, m]) for m in many)] for n, k in shapes],
     )
+    with_zeros = table(
+        ["asymmetric weights: µs, times as long as symmetric ones", *(f"M = {m}" for m in tokens)],
+        [[f"{n}x{k}", *(_with_zeros(cells[n, k, m]) for m in tokens)] for n, k in shapes],
+    )
     worst = max(
         error for row in result["rows"] for name, error in row["error_in_floors"].items() if _is_ours(name)
     )
@@ -93,7 +97,7 @@ def w4a16_speed() -> str:
         f"Ours in fp16. Copy bandwidth {result['copy_bandwidth_tb_per_s']} TB/s. Peers: {', '.join(peers)}. "
         f"Our largest error: {worst:.2f} floors. {source(result)}"
     )
-    return f"{skinny}\n\n{wide}\n\n{notes}"
+    return f"{skinny}\n\n{wide}\n\n{with_zeros}\n\n{notes}"
 
 
 def _is_ours(name: str) -> bool:
@@ -109,6 +113,27 @@ def _beside_peers(row: dict[str, Any]) -> str:
 def _beside_cublas(row: dict[str, Any]) -> str:
     ours = row["us"]["ours_fp16"]
     return f"{ours:.0f}, {row['us']['cublas_bf16'] / ours:.2f}x"
+
+
+def _with_zeros(row: dict[str, Any]) -> str:
+    ours = row["us"]["ours_with_zeros_fp16"]
+    return f"{ours:.1f}, {ours / row['us']['ours_fp16']:.2f}x"
+
+
+@block
+def w4a16_gemlite() -> str:
+    """GemLite beside ours, in a run of its own: it tunes for minutes what the other run has in shapes."""
+    result = read_results("w4a16_gemlite")
+    rows = [
+        [f"{row['n']}x{row['k']}", row["m"]]
+        + [
+            f"{us:.1f} µs, {row['floor_us'] / us:.0%}, {row['error_in_floors'][name]:.1f}"
+            for name, us in row["us"].items()
+        ]
+        for row in result["rows"]
+    ]
+    header = ["N x K", "M", "ours: time, share of the floor, error in floors", "GemLite"]
+    return f"{table(header, rows)}\n\n{source(result)}"
 
 
 @block
@@ -153,19 +178,28 @@ def offline_memory() -> str:
 
 @block
 def generate_speed() -> str:
-    result = read_results("generate")
+    return _generate_speed("generate")
+
+
+@block
+def generate_speed_experts() -> str:
+    return _generate_speed("generate_experts")
+
+
+def _generate_speed(name: str) -> str:
+    result = read_results(name)
     names = {
         "bf16-eager": "bf16, as transformers runs it",
         "bf16-graphs": "bf16, CUDA graphs of this package",
     }
     names |= {"int4-eager": "int4, without graphs", "int4-graphs": "int4"}
     rows = []
-    for part, name in names.items():
+    for part in [part for part in names if part in result["results"]]:
         measured = result["results"][part]
         batches = [value for key, value in measured.items() if key.startswith("batch_")]
         rows.append(
             [
-                name,
+                names[part],
                 f"{measured['memory_gib']:.1f} GiB",
                 *(f"{one['tokens_per_second']:.0f} tok/s, {one['ms_per_step']:.2f} ms" for one in batches),
                 *(f"{one['time_to_first_token_ms']:.0f} ms" for one in batches),
