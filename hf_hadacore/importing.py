@@ -12,6 +12,7 @@ def import_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
+    tensor_parallel: bool = False,
     max_shard_size: int | str = "5GB",
     resume: bool = False,
     progress: bool = True,
@@ -24,6 +25,8 @@ def import_checkpoint(
     Args:
         src: a local folder, or a model id on the Hub.
         dst: the folder to make; must not exist (an empty one is fine).
+        tensor_parallel: act-order that cannot be baked into the layers before (o_proj's) keeps a layer from
+            being divided among GPUs. True stores such layers in full precision.
         max_shard_size, resume, progress: as of `quantize_checkpoint`.
 
     Returns:
@@ -40,7 +43,7 @@ def import_checkpoint(
     staging.check()
     folder = find_source(src)
     staging.check_is_outside(folder)
-    source = PackedSource(folder)
+    source = PackedSource(folder, tensor_parallel=tensor_parallel)
     return write_checkpoint(
         source,
         staging,

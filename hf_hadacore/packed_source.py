@@ -39,6 +39,8 @@ class PackedSource(SourceModel):
 
     Args:
         folder: local checkpoint.
+        tensor_parallel: make full-precision weights of layers that act-order would keep from being divided
+            among GPUs.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, not quantized or hadacore's own.
@@ -47,7 +49,8 @@ class PackedSource(SourceModel):
 
     _format: PackedFormat
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, tensor_parallel: bool = False):
+        self._tensor_parallel = tensor_parallel
         super().__init__(folder, HadaCoreConfig())
         if self.layer_plan.tied_head is not None:
             raise UnsupportedError(
@@ -60,6 +63,7 @@ class PackedSource(SourceModel):
                 "baked": name_patterns(self._baked, modules),
                 "input_perm": name_patterns(self._stored_orders, modules),
                 "not_row_parallel": name_patterns(self._not_row_parallel, modules),
+                "dequantized": name_patterns(self._dequantized, modules),
             }
 
     def _read_source(self) -> tuple[dict[str, TensorInfo], PreTrainedConfig]:
@@ -152,11 +156,15 @@ class PackedSource(SourceModel):
     def _recipe(self, config: HadaCoreConfig, plain: PreTrainedModel) -> HadaCoreConfig:
         """The config that makes int4 modules of exactly the packed layers."""
         self._check_unused()
-        packed = {name: self._layers_of(name) for name in self._sources if self._layers_of(name)}
+        packed = {name: layers for name in self._sources if (layers := self._layers_of(name))}
         modules: dict[str, list[str]] = {}
         for name, layers in packed.items():
             modules.setdefault(_module_of(name), []).extend(layers)
-        specs = {module: self._common_spec(module, layers) for module, layers in modules.items()}
+        self._plan_orders(plain, modules)
+        packed = {
+            name: layers for name, layers in packed.items() if _module_of(name) not in self._dequantized
+        }
+        specs = {_module_of(name): self._common_spec(name, modules[_module_of(name)]) for name in packed}
         common = Counter(specs.values()).most_common(1)[0][0]
         config.group_size, config.symmetric = common.group_size, common.symmetric
         if self._format.title.startswith("gptq"):
@@ -177,7 +185,6 @@ class PackedSource(SourceModel):
         for spec in set(specs.values()) - {common}:
             names = [name for name in specs if specs[name] == spec]
             override(names, group_size=spec.group_size, symmetric=spec.symmetric)
-        self._plan_orders(plain, modules)
         config.input_permutations = name_patterns(self._stored_orders, candidates)
         config.validate()
         self._check_plan(plan_layers(plain, config), packed, plain)
@@ -218,6 +225,7 @@ class PackedSource(SourceModel):
         self._row_orders: dict[str, torch.Tensor] = {}
         self._baked: set[str] = set()
         self._not_row_parallel: set[str] = set()
+        self._dequantized: set[str] = set()
         if not self._orders:
             return
         groups = {name: group for group in permutation_groups(plain) for name in group.consumers}
@@ -234,6 +242,9 @@ class PackedSource(SourceModel):
             if group is not None and group.producers:
                 if self._bake(group, order, plain):
                     self._baked.add(name)
+                    continue
+                if self._tensor_parallel:
+                    self._dequantized.add(name)
                     continue
                 self._not_row_parallel.add(name)
             self._stored_orders[name] = order
@@ -279,7 +290,10 @@ class PackedSource(SourceModel):
             CheckpointError: transformers could not convert the tensors.
         """
         rows = self._row_orders.get(_module_of(unit.name))
-        if not self._layers_of(unit.name):
+        layers = self._layers_of(unit.name)
+        if layers and _module_of(unit.name) in self._dequantized:
+            return self._on_disk({unit.name: self._full_precision(unit.name, layers[0])}), []
+        if not layers:
             tensors, records = super().realise(unit)
             if rows is not None:
                 tensors = {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
@@ -317,6 +331,12 @@ class PackedSource(SourceModel):
         order = self._orders.get(layer)
         q = unpacked.q if order is None else unpacked.q.index_select(1, order)
         return Int4Weight(int4.pack(q), unpacked.scale, unpacked.zero, spec.group_size)
+
+    def _full_precision(self, name: str, layer: str) -> torch.Tensor:
+        """A packed layer as the library that made it dequantizes it, in the dtype of the model."""
+        weight = self._weight(layer).dequantize()
+        natural = torch.empty_like(weight).index_copy_(1, self._orders[layer], weight)
+        return natural.to(self._plain.get_parameter(name).dtype)
 
     def _fuse(self, name: str, tensors: Mapping[str, Any]) -> torch.Tensor:
         """Let transformers make one tensor of those of a Parameter's sources, as it does with weights."""

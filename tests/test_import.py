@@ -164,6 +164,7 @@ def test_act_order(symmetric: bool, tmp_path: Path) -> None:
             r"^model\.layers\.\d+\.self_attn\.v_proj$",
         ],
         "not_row_parallel": [r"^model\.layers\.\d+\.self_attn\.o_proj$"],
+        "dequantized": [],
     }
     stored = load_file(tmp_path / "dst" / "model.safetensors")
     for layer in (0, 1):
@@ -194,6 +195,21 @@ def check_logits(folder: Path, plain: dict[str, torch.Tensor], grids: dict[str, 
     with torch.no_grad():
         expected = reference(token_ids()).logits
         torch.testing.assert_close(imported(token_ids()).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_for_tensor_parallelism_o_proj_keeps_its_weights_in_full_precision(tmp_path: Path) -> None:
+    model = make_model("llama", torch.float16)
+    grids = random_grids(model, 32, symmetric=True, act_order=True)
+    plain = write_packed(tmp_path / "src", model, grids, gptq_tensors, {**GPTQ, "desc_act": True})
+    report = import_checkpoint(tmp_path / "src", tmp_path / "dst", tensor_parallel=True, progress=False)
+    assert report["act_order"]["dequantized"] == [r"^model\.layers\.\d+\.self_attn\.o_proj$"]
+    assert report["act_order"]["not_row_parallel"] == []
+    assert len(report["layers"]) == 12
+    stored = load_file(tmp_path / "dst" / "model.safetensors")
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        assert torch.equal(stored[name], plain[name])
+    check_logits(tmp_path / "dst", plain, {n: g for n, g in grids.items() if "o_proj" not in n})
 
 
 def test_order_within_heads_is_baked_into_v_proj(tmp_path: Path) -> None:
@@ -455,7 +471,7 @@ def test_command(llama: PreTrainedModel, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import", str(tmp_path / "src"), str(tmp_path / "dst")])
     assert result.exit_code == 0, result.output
     assert "14 int4 weights" in result.stdout
-    assert "o_proj" in result.stderr and "row-parallel" in result.stderr
+    assert "o_proj" in result.stderr and "--tensor-parallel" in result.stderr
     result = CliRunner().invoke(app, ["import", str(tmp_path / "dst"), str(tmp_path / "again")])
     assert result.exit_code == 1
     assert "is a hadacore checkpoint already" in result.stderr

@@ -18,6 +18,13 @@ def import_(
         typer.Argument(help="Folder of a GPTQ, AWQ or compressed-tensors int4 checkpoint, or a model id."),
     ],
     dst: _Destination,
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--tensor-parallel",
+            help="Store layers in full precision that act-order would keep from being divided among GPUs.",
+        ),
+    ] = False,
     max_shard_size: _MaxShardSize = "5GB",
     resume: _Resume = False,
 ) -> None:
@@ -25,10 +32,12 @@ def import_(
     from ..importing import import_checkpoint
 
     with tells_how_to_resume():
-        report = import_checkpoint(src, dst, max_shard_size=max_shard_size, resume=resume)
+        report = import_checkpoint(
+            src, dst, tensor_parallel=tensor_parallel, max_shard_size=max_shard_size, resume=resume
+        )
     typer.echo(_summary(dst, report))
     for name in report.get("act_order", {}).get("not_row_parallel", ()):
-        typer.echo(f"no row-parallel layers, because of their act-order: {name}", err=True)
+        typer.echo(f"cannot be divided among GPUs, see --tensor-parallel: {name}", err=True)
 
 
 @reports_errors
