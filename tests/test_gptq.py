@@ -94,7 +94,7 @@ def test_it_is_the_papers_algorithm(kind: str, group_size: int, symmetric: bool)
     """K = 168: two chunks, short last groups."""
     weight, hessian = weights(48, 168), correlated(168)
     result = gptq_quantize(
-        weight, hessian, group_size=group_size, symmetric=symmetric, **options_of(kind, hessian)
+        weight, hessian, group_size=group_size, symmetric=symmetric, sweeps=0, **options_of(kind, hessian)
     )
     restored = in_natural_order(result.weight, kind, hessian)
     expected = papers_gptq(weight, hessian, kind, group_size, symmetric)
@@ -178,11 +178,24 @@ def test_independent_channels_are_rounded_to_the_nearest(kind: str) -> None:
     weight = weights(16, 200)
     hessian = torch.diag(torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.1)
     result = gptq_quantize(
-        weight, hessian, group_size=64, symmetric=False, damping=0.0, **options_of(kind, hessian)
+        weight, hessian, group_size=64, symmetric=False, damping=0.0, sweeps=0, **options_of(kind, hessian)
     )
     values = weight[:, falling_diagonal(hessian)] if kind == "permuted" else weight
     nearest = int4.quantize(values, result.weight.scale, result.weight.zero, group_size=64)
     assert torch.equal(result.weight.packed, nearest.packed)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("kind", ORDERS)
+def test_sweeps_lower_the_error(kind: str, group_size: int) -> None:
+    weight, hessian = weights(32, 200), correlated(200)
+    errors = [
+        gptq_quantize(
+            weight, hessian, group_size=group_size, symmetric=False, sweeps=n, **options_of(kind, hessian)
+        ).error
+        for n in range(3)
+    ]
+    assert errors[1] < 0.99 * errors[0] and errors[2] < errors[1]
 
 
 def test_one_factorization_serves_all_layers_of_an_input() -> None:

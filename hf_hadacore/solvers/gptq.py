@@ -19,7 +19,8 @@ import torch
 from .. import int4
 from ..errors import QuantizationError
 from ..int4 import Int4Weight
-from .hessian import FactorizedHessian, factorize
+from .coordinate_descent import descend
+from .hessian import FactorizedHessian, damped, factorize
 from .rtn import fit_groups, round_to_grid
 
 # Columns between two matrix products where groups do not say it.
@@ -51,6 +52,7 @@ def gptq_quantize(
     order: torch.Tensor | None = None,
     static_groups: bool = False,
     damping: float = 0.01,
+    sweeps: int = 1,
     name: str = "weight",
 ) -> GptqResult:
     """Quantize a weight to int4 so that the layer's output changes least.
@@ -69,6 +71,7 @@ def gptq_quantize(
             before the first column is rounded. The result is in natural order. Otherwise groups are
             contiguous in ``order``, and the result multiplies ``x[..., order]``.
         damping: fraction of H's mean diagonal added to its diagonal; grows by itself while H is singular.
+        sweeps: of coordinate descent over what GPTQ gives; 0 is the paper's algorithm.
         name: how errors call the weight.
 
     Raises:
@@ -92,10 +95,20 @@ def gptq_quantize(
         raise QuantizationError(f"{name}: {int((~finite).sum())} weights are NaN or infinite")
     scale_dtype = scale_dtype or weight.dtype
     order = torch.arange(k, device=weight.device) if hessian.order is None else hessian.order
+    size = int4.effective_group_size(k, group_size)
     columns = _Columns(rows, hessian, order, group_size, static_groups)
     columns.quantize(symmetric, scale_dtype)
-    q = columns.q.new_empty(weight.shape)
-    q[:, order if static_groups else slice(None)] = columns.q.T
+    c, target, difference = columns.c, columns.target, columns.difference
+    if static_groups:
+        c, target, difference = (
+            torch.empty_like(t).index_copy_(0, order, t) for t in (c, target, difference)
+        )
+    if sweeps:
+        h = damped(hessian.matrix, hessian.damping, None if static_groups else hessian.order)
+    for _ in range(sweeps):
+        difference = descend(target, h, c, columns.scale, columns.zero, size=size, scale_dtype=scale_dtype)
+    q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    q.copy_(c.T + int4.expand_groups(columns.zero.T, k, group_size))
     quantized = Int4Weight(
         int4.pack(q),
         columns.scale.T.to(scale_dtype).contiguous(),
@@ -103,7 +116,8 @@ def gptq_quantize(
         group_size,
     )
     cost = _output_cost(rows.T, hessian.matrix)
-    difference = torch.empty_like(columns.difference).index_copy_(0, order, columns.difference)
+    if not static_groups:
+        difference = torch.empty_like(difference).index_copy_(0, order, difference)
     error = _output_cost(difference, hessian.matrix) / cost if cost else 0.0
     return GptqResult(quantized, error, hessian.damping)
 
@@ -112,7 +126,7 @@ class _Columns:
     """The columns of a weight on their way. They are rows here: loops over them touch contiguous memory.
 
     Attributes:
-        q: uint8 ``[K, N]``, in the order of quantization, as all that has K rows here.
+        c: fp32 ``[K, N]``, the integers q - z, in the order of quantization, as all that has K rows here.
         difference: fp32 ``[K, N]``, W - Q.
         scale, zero: fp32 ``[G, N]``.
     """
@@ -125,13 +139,13 @@ class _Columns:
         group_size: int,
         static_groups: bool,
     ):
-        n, k = rows.shape
+        k = rows.shape[1]
         size = int4.effective_group_size(k, group_size)
         self.rows, self.hessian, self.order, self.group_size = rows, hessian, order, group_size
         self.target = rows.T[order]
-        self.q = torch.empty(k, n, dtype=torch.uint8, device=rows.device)
+        self.c = torch.empty_like(self.target)
         self.difference = torch.empty_like(self.target)
-        self.scale = rows.new_empty(int4.num_groups(k, group_size), n)
+        self.scale = rows.new_empty(int4.num_groups(k, group_size), len(rows))
         self.zero = torch.empty_like(self.scale)
         # Where one chunk is not one group, grids cannot wait for the updates.
         self.are_grids_first = static_groups or size == k
@@ -172,10 +186,10 @@ class _Columns:
         current = update.add_(self.target[part])
         factor, difference = self.hessian.factor[part, part], self.difference[part]
         scale, zero = self.scale[self.groups[part]], self.zero[self.groups[part]]
+        c = self.c[part]
         for j in range(len(current)):
-            c = round_to_grid(current[j], scale[j], zero[j])
-            self.q[part][j] = c + zero[j]
-            torch.sub(self.target[part][j], c.mul_(scale[j]), out=difference[j])
+            c[j] = round_to_grid(current[j], scale[j], zero[j])
+            torch.addcmul(self.target[part][j], c[j], scale[j], value=-1, out=difference[j])
             current[j + 1 :].addr_(factor[j, j + 1 :], difference[j])
 
 

@@ -105,22 +105,14 @@ def factorize(
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise QuantizationError(f"{name}: a Hessian is [K, K], found shape {tuple(hessian.shape)}")
     check_finite(hessian, name)
-    diagonal = hessian.diagonal()
-    if (diagonal < 0).any():
+    if (hessian.diagonal() < 0).any():
         raise QuantizationError(f"{name}: the Hessian has a negative diagonal; it is no mean of x x^T")
-    seen = diagonal[diagonal > 0]
-    # Weights are judged relative to each other: where nothing was seen, any mean does.
-    mean = float(seen.mean()) if seen.numel() else 1.0
-    diagonal = torch.where(diagonal > 0, diagonal, mean)
     if order is not None:
         check_permutation(order, hessian.shape[0], name)
         order = order.to(hessian.device)
-        diagonal = diagonal[order]
     while True:
-        permuted = hessian.clone() if order is None else hessian[order][:, order]
-        permuted.diagonal().copy_(diagonal + damping * mean)
         # H = U diag(v) U^T eliminates from the last channel: Cholesky's L L^T of the reversed matrix.
-        lower, info = torch.linalg.cholesky_ex(permuted.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(damped(hessian, damping, order).flip(0, 1))
         if not info and lower.isfinite().all():
             break
         if damping >= _LARGEST_DAMPING:
@@ -129,10 +121,27 @@ def factorize(
                 "diagonal added"
             )
         damping = min(max(damping * 10, _SMALLEST_STEP), _LARGEST_DAMPING)
-    del permuted
     upper = lower.flip(0, 1)
     root = upper.diagonal().clone()
     return FactorizedHessian(hessian, order, upper.div_(root), root.square(), damping)
+
+
+def damped(hessian: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy of H whose diagonal is raised, and is positive where calibration saw nothing.
+
+    Args:
+        hessian: fp32 ``[K, K]``.
+        damping: fraction of the mean over all channels that were seen; it also is what others get.
+        order: int64 ``[K]``, of the result's channels.
+    """
+    diagonal = hessian.diagonal()
+    is_seen = diagonal > 0
+    # Errors are judged relative to each other: where nothing was seen, any mean does.
+    mean = float(diagonal[is_seen].mean()) if is_seen.any() else 1.0
+    raised = torch.where(is_seen, diagonal, mean) + damping * mean
+    copy = hessian.clone() if order is None else hessian[order][:, order]
+    copy.diagonal().copy_(raised if order is None else raised[order])
+    return copy
 
 
 def check_finite(hessian: torch.Tensor, name: str) -> None:
