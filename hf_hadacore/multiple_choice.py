@@ -224,12 +224,12 @@ def _score(model: PreTrainedModel, batch: Sequence[_Encoded]) -> torch.Tensor:
     )
     quantized = attention_mode(model.config) is not None
     cache: Any = HadaCoreCache(model.config) if quantized else DynamicCache(config=model.config)
-    logits = model(prefix, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(prefix, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].to(device)
     nll = cross_entropy(logits[owners].float(), rests[:, 0], reduction="none")
     if rests.shape[1] > 1:
         cache.batch_select_indices(owners)
         # What follows a choice's end is never read: later tokens do not change earlier ones.
-        logits = model(rests[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits
+        logits = model(rests[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits.to(device)
         losses = cross_entropy(logits.flatten(0, 1).float(), rests[:, 1:].flatten(), reduction="none")
         nll = nll + losses.view(len(rests), -1).sum(dim=1)
     return -nll

@@ -50,7 +50,7 @@ def load_pretrained(
         what = "cannot be loaded"
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, HadaCoreError):
+        if isinstance(error, HadaCoreError | torch.OutOfMemoryError):
             raise
         raise CheckpointError(f"{source}: {what}: {' '.join(str(error).split())}") from error
     return model.eval(), tokenizer

@@ -213,6 +213,7 @@ def binary_text(src: Path, tmp_path: Path) -> list[object]:
         (lambda src, tmp: [src, "--tasks", tmp / "no.jsonl"], "no.jsonl: cannot be read"),
         (lambda src, tmp: [src, "--tasks", "mmlu"], 'pip install "hf_hadacore[eval]"'),
         (lambda src, tmp: [src, "--json", tmp / "no" / "out.json"], "there is no folder"),
+        (lambda src, tmp: [src, "--windows", 1, "--json", tmp], "cannot be written: Is a directory"),
     ],
 )
 def test_errors_are_one_line(
@@ -225,6 +226,15 @@ def test_errors_are_one_line(
     lines = result.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1], result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_gpu_that_is_too_small(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", run_out)
+    result = run(src, "--device", "cpu", "--context", CONTEXT)
+    assert result.exit_code == 1 and "--baseline-device cpu" in result.stderr
 
 
 def test_nothing_is_measured_before_bad_input_is_found(

@@ -55,6 +55,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the quality of a checkpoint, beside the model that it was made from."""
+    import torch
     from transformers.utils import logging
 
     from ..evaluation_report import describe_evaluation, evaluate_checkpoint
@@ -77,11 +78,19 @@ def evaluate(
         "batch_size": batch_size,
     }
     logging.disable_progress_bar()
-    report = evaluate_checkpoint(folder, **options)
+    try:
+        report = evaluate_checkpoint(folder, **options)
+    except torch.OutOfMemoryError:
+        raise EvaluationError(
+            "the GPU's memory is too small; try --baseline-device cpu, --device auto or a smaller --context"
+        ) from None
     typer.echo(describe_evaluation(report))
     if json_file is not None:
         report = {"command": _command(folder, options), **report}
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        try:
+            json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise EvaluationError(f"{json_file}: cannot be written: {error.strerror}") from None
 
 
 def _command(folder: str, options: dict[str, Any]) -> str:
