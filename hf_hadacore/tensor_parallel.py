@@ -169,8 +169,8 @@ def _rules_of_linear(
         if layer.input_perm is not None:
             raise ShardingError(
                 f"{name}: its inputs are read in an order (input_perm) that goes across the ranks of a "
-                "rowwise layer; import the checkpoint again with hadacore import --tensor-parallel, or load it "
-                "with device_map instead of tp_size"
+                "rowwise layer; import it again with hadacore import --tensor-parallel, or load it with "
+                "device_map instead of tp_size"
             )
         if layer.weight_scale.shape[-1] == 1:
             _check_single_group(name, layer, on_the_fly)
