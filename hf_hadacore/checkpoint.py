@@ -26,6 +26,7 @@ from .errors import CheckpointError
 from .integrity import TensorInfo
 from .layer_plan import LayerPlan
 from .layer_record import LayerRecord
+from .licenses import find_license
 from .shard_writer import Journal, ShardPlan, ShardWriter, plan_shards
 from .staging import COPIED_NAMES, COPIED_SUFFIXES, Staging, digest_of_weights
 from .streaming import Unit
@@ -63,6 +64,7 @@ def quantize_checkpoint(
     progress: bool = True,
     device: str | torch.device | None = "cpu",
     calibration: Calibration | torch.Tensor | None = None,
+    rotation: str = "none",
 ) -> dict[str, Any]:
     """Quantize a full-precision checkpoint and write the int4 checkpoint that `from_pretrained` loads.
 
@@ -80,6 +82,9 @@ def quantize_checkpoint(
         progress: show a progress bar with the time left.
         device: where weights are quantized; None takes the GPU if there is one.
         calibration: for method "gptq", text or tokens (int64 ``[samples, length]``).
+        rotation: Hadamard rotations folded into the weights first: "r1" of the residual stream, "r2" of the
+            heads' values, "r1r2" of both, "none". The model computes the same, and nothing is left to do at
+            run time. R1 gives a head that is tied to the embedding a tensor of its own.
 
     Returns:
         The report, which also lies in DST as `quantization_report.json`.
@@ -90,7 +95,8 @@ def quantize_checkpoint(
         ConfigError: the config does not fit the model, or calibration does not fit the method.
         CalibrationError: the calibration data cannot be read, or there is too little of it.
         QuantizationError: weights or hidden states hold NaN or infinite values.
-        UnsupportedError: method "gptq" and a model that is no stack of decoder layers.
+        UnsupportedError: method "gptq" and a model that is no stack of decoder layers, or a rotation that the
+            model does not allow.
     """
     staging = Staging(dst, resume=resume)
     if (finished := staging.finish_renamed()) is not None:
@@ -99,8 +105,13 @@ def quantize_checkpoint(
     folder = find_source(src)
     staging.check_is_outside(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = open_source(folder, config, calibration, dtype=dtype, device=chosen)
-    work = {"quantization config": config.to_dict(), "device": chosen.type, **source.provenance}
+    source = open_source(folder, config, calibration, dtype=dtype, device=chosen, rotation=rotation)
+    work = {
+        "quantization config": config.to_dict(),
+        "device": chosen.type,
+        "rotation": rotation,
+        **source.provenance,
+    }
     return write_checkpoint(
         source, staging, src, work, max_shard_size=max_shard_size, progress=progress, label="Quantizing"
     )
@@ -166,6 +177,7 @@ def find_source(src: str | os.PathLike[str]) -> Path:
                     "*.safetensors",
                     *(f"*{suffix}" for suffix in COPIED_SUFFIXES),
                     *COPIED_NAMES,
+                    "README.md",
                 ],
                 ignore_patterns=["*/*", "consolidated*"],
             )
@@ -224,6 +236,7 @@ def _report(source: Source, journal: Journal, plan: ShardPlan, src: str | os.Pat
     source_bytes = sum(info.nbytes for info in source.stored.values())
     return {
         "source": os.fspath(src) if not Path(src).is_dir() else source.folder.resolve().name,
+        "license": find_license(source.folder),
         "architecture": type(source.model).__name__,
         "quantization_config": source.model.config.quantization_config.to_dict(),
         **source.provenance,

@@ -5,10 +5,12 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.card import card
 from .commands.convert import export, import_
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.info import info
+from .commands.push import push
 from .commands.quantize import quantize
 from .commands.tune import tune
 
@@ -19,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="int4 weights and rotated 8-bit attention for Hugging Face Transformers.",
 )
-for command in (quantize, info, generate, evaluate, export, tune):
+for command in (quantize, info, generate, evaluate, card, push, export, tune):
     app.command()(command)
 app.command("import")(import_)
 
