@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import compat
 from .calibrated_weight import DAMPING, natural_values
 from .calibration import Calibration, calibration_tokens, digest, load_tokenizer
 from .column_orders import ColumnOrders
@@ -24,7 +23,7 @@ from .int4 import Int4Weight
 from .layer_plan import plan_layers
 from .layer_record import LayerRecord
 from .layer_solver import LayerSolver
-from .streaming import SourceModel, Unit, check_conversions, take_loaded
+from .streaming import SourceModel, Unit, take_loaded
 from .tensor_parallel import permutation_groups
 
 
@@ -34,7 +33,7 @@ class CalibratedSource(SourceModel):
     Weights elsewhere are rounded to nearest.
 
     Args:
-        folder, config, dtype, device: as of `SourceModel`.
+        folder, config, dtype, device, rotation: as of `SourceModel`.
         tokens: int64 ``[samples, length]``.
         title: what the report calls them.
 
@@ -52,8 +51,9 @@ class CalibratedSource(SourceModel):
         title: str = "tokens",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        rotation: str = "none",
     ):
-        super().__init__(folder, config, dtype=dtype, device=device)
+        super().__init__(folder, config, dtype=dtype, device=device, rotation=rotation)
         check_tokens(tokens, self._plain)
         self._tokens = tokens
         # Few CPUs multiply bf16 faster than fp32, and most do it much slower.
@@ -127,10 +127,11 @@ class CalibratedSource(SourceModel):
         return self._activations
 
     def _load(self, sources: dict[str, str], name: str = "decoder") -> None:
-        """Give Parameters of the plain model their values in the source."""
-        with self._open(Unit(name, sources)) as tensors:
-            info = compat.load_tensors(self._plain, self._plain_loading, tensors, self._device)
-        check_conversions(name, info)
+        """Give Parameters of the plain model their values, rotated."""
+        self._load_plain(sources, name)
+        for parameter_name, parameter in self._plain.named_parameters():
+            if not parameter.is_meta:
+                parameter.data = self._rotation.rotate(parameter_name, parameter.data)
 
     def _load_layer(self, unit: Unit) -> nn.Module:
         """A decoder layer with its weights."""
@@ -183,16 +184,18 @@ def open_source(
     *,
     dtype: str | torch.dtype | None,
     device: torch.device,
+    rotation: str = "none",
 ) -> SourceModel:
     """The source that a config's method wants.
 
     Args:
-        folder, config, dtype, device: as of `SourceModel`.
+        folder, config, dtype, device, rotation: as of `SourceModel`.
         calibration: text, tokens or None.
 
     Raises:
         ConfigError: there is no calibration for a method that needs it, or some for one that does not.
         CalibrationError: the calibration cannot be read or does not fit the model.
+        UnsupportedError: the model cannot be calibrated or rotated so.
     """
     if (config.method == "gptq") != (calibration is not None):
         raise ConfigError(
@@ -200,11 +203,13 @@ def open_source(
             + ("needs calibration data" if calibration is None else 'uses no calibration data; "gptq" does')
         )
     if calibration is None:
-        return SourceModel(folder, config, dtype=dtype, device=device)
-    if isinstance(calibration, torch.Tensor):
-        return CalibratedSource(folder, config, calibration, dtype=dtype, device=device)
-    tokens = calibration_tokens(calibration, load_tokenizer(folder))
-    return CalibratedSource(folder, config, tokens, title=calibration.title, dtype=dtype, device=device)
+        return SourceModel(folder, config, dtype=dtype, device=device, rotation=rotation)
+    title = "tokens"
+    if not isinstance(calibration, torch.Tensor):
+        title, calibration = calibration.title, calibration_tokens(calibration, load_tokenizer(folder))
+    return CalibratedSource(
+        folder, config, calibration, title=title, dtype=dtype, device=device, rotation=rotation
+    )
 
 
 def check_tokens(tokens: torch.Tensor, model: PreTrainedModel) -> None:

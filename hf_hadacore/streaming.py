@@ -30,6 +30,8 @@ from .integrity import TensorInfo, checkpoint_files, verify_files
 from .layer_plan import LayerPlan
 from .layer_record import LayerRecord, make_record
 from .quantizer import HadaCoreHfQuantizer, swap_modules
+from .rotation_search import plan_rotation
+from .weight_rotation import WeightRotation
 
 
 class Unit(NamedTuple):
@@ -52,6 +54,7 @@ class SourceModel:
         config: the options of the quantizer.
         dtype: of scales and of what stays in full precision; None takes the checkpoint's own.
         device: where weights are quantized.
+        rotation: of the weights before they are quantized, see `rotation_search.plan_rotation`.
 
     Attributes:
         folder: local checkpoint.
@@ -70,6 +73,7 @@ class SourceModel:
         CheckpointError: the checkpoint is damaged, incomplete, already quantized, or its architecture
             is none of transformers' own.
         ConfigError: the config does not fit the model.
+        UnsupportedError: the model cannot be rotated so.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class SourceModel:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        rotation: str = "none",
     ):
         self.folder = folder
         files = checkpoint_files(folder)
@@ -93,14 +98,26 @@ class SourceModel:
             plain, loading = compat.meta_model(model_class, model_config, None, dtype, files)
         except Exception as error:  # hostile values fail in as many ways as there are models
             raise CheckpointError(f"{folder}: no model can be built from its config.json: {error}") from error
+        self._rotation = plan_rotation(plain, rotation)
+        if rotation != "none":
+            self.provenance["rotation"] = rotation
+        copied: dict[str, str] = {}
+        if self._rotation.unties_head and plain.all_tied_weights_keys:
+            copied = dict(plain.all_tied_weights_keys)
+            model_config.tie_word_embeddings = False
+            plain, loading = compat.meta_model(model_class, model_config, None, dtype, files)
         self._tied: dict[str, str] = dict(plain.all_tied_weights_keys)
         targets = compat.target_names(plain, loading, self.headers)
         self.unused = [name for name, target in targets.items() if target is None]
-        self._sources = self._group_sources(targets)
+        self._sources = self._group_sources(targets, copied)
         self._check_against(plain, loading)
         self._plain, self._plain_loading = plain.eval(), loading
+        if self._rotation.norms:
+            norms = [self._sources[name] for name in self._rotation.norms]
+            self._load_plain({key: source for sources in norms for key, source in sources.items()}, "norms")
+            self._rotation.set_gains(take_loaded(plain))
 
-        self._quantizer = _RecordingQuantizer(self._recipe(config, plain))
+        self._quantizer = _RecordingQuantizer(self._recipe(config, plain), self._rotation)
         self.model, self._loading = compat.meta_model(
             model_class, model_config, self._quantizer, dtype, files
         )
@@ -143,7 +160,18 @@ class SourceModel:
             raise CheckpointError(
                 f"{unit.name}: transformers made no tensor of {', '.join(unit.sources.values())}"
             )
-        return self._on_disk(loaded), list(self._quantizer.records)
+        # What is int4 by now was rotated before.
+        rotated = {
+            name: self._rotation.rotate(name, tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in loaded.items()
+        }
+        return self._on_disk(rotated), list(self._quantizer.records)
+
+    def _load_plain(self, sources: dict[str, str], name: str) -> None:
+        """Give Parameters of the full-precision model the values that they have in the source."""
+        with self._open(Unit(name, sources)) as tensors:
+            info = compat.load_tensors(self._plain, self._plain_loading, tensors, self._device)
+        check_conversions(name, info)
 
     def _read_source(self) -> tuple[dict[str, TensorInfo], PreTrainedConfig]:
         """The source tensors as the loader sees them, and the config of the model that they belong to."""
@@ -168,12 +196,22 @@ class SourceModel:
                 for key, source in unit.sources.items()
             }
 
-    def _group_sources(self, targets: Mapping[str, str | None]) -> dict[str, dict[str, str]]:
-        """`{Parameter: its sources}`; of a tied pair only what the model needs."""
+    def _group_sources(
+        self, targets: Mapping[str, str | None], copied: Mapping[str, str]
+    ) -> dict[str, dict[str, str]]:
+        """`{Parameter: its sources}`; of a tied pair only what the model needs.
+
+        Args:
+            targets: source tensor -> Parameter.
+            copied: pairs that were tied and are two Parameters now, made of one tensor.
+        """
         groups: dict[str, dict[str, str]] = {}
         for source, target in targets.items():
             if target is not None:
                 groups.setdefault(target, {})[source] = source
+        for one, other in (*copied.items(), *((origin, target) for target, origin in copied.items())):
+            if one not in groups and other in groups:
+                groups[one] = _as_key(one, groups[other])
         for target, origin in list(self._tied.items()):
             if target not in groups:
                 continue
@@ -264,15 +302,16 @@ class SourceModel:
 
 
 class _RecordingQuantizer(HadaCoreHfQuantizer):
-    """The quantizer, noting what it did to every weight."""
+    """The quantizer, rotating weights first, and noting what it did to them."""
 
-    def __init__(self, config: HadaCoreConfig):
+    def __init__(self, config: HadaCoreConfig, rotation: WeightRotation):
         # What needs calibration is refused while loading, and can be had here.
         loadable = copy.deepcopy(config)
         loadable.method, loadable.act_order, loadable.input_permutations = "rtn", False, []
         super().__init__(loadable, pre_quantized=False)
         self.quantization_config = config
         self.records: list[LayerRecord] = []
+        self._rotation = rotation
 
     @property
     def layer_plan(self) -> LayerPlan:
@@ -282,6 +321,8 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
     def quantize_tensor(
         self, model: PreTrainedModel, name: str, value: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        if self._is_packed(model, name):
+            value = self._rotation.rotate(name, value)
         tensors = super().quantize_tensor(model, name, value)
         if f"{name}_scale" in tensors:
             self.records.append(_record(model, name, value, tensors))

@@ -61,6 +61,14 @@ def quantize(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Calibrate on conversations, by the chat template.")
     ] = False,
+    rotate: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Hadamard rotations folded into the weights: none, r1 (residual stream), r2 (heads' values) "
+            "or r1r2.",
+        ),
+    ] = "none",
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and unquantized weights; default: the checkpoint's.")
     ] = None,
@@ -94,6 +102,7 @@ def quantize(
             max_shard_size=max_shard_size,
             resume=resume,
             device=device,
+            rotation=rotate,
             calibration=None
             if calibration is None
             else Calibration(

@@ -1,0 +1,100 @@
+"""`quantize_checkpoint` with a rotation is rotating the model first and quantizing it then."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import rewrite, stored
+from test_cli import run
+from tiny_models import VOCAB_SIZE, make_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_hadacore import HadaCoreConfig
+from hf_hadacore.checkpoint import quantize_checkpoint
+from hf_hadacore.errors import CheckpointError, UnsupportedError
+from hf_hadacore.rotation_search import rotate_model
+
+pytestmark = pytest.mark.transformers_versions
+
+TOKENS = torch.randint(1, VOCAB_SIZE, (16, 24), generator=torch.Generator().manual_seed(7))
+
+
+def quantize(src: Path, dst: Path, method: str = "rtn", **options: Any) -> dict[str, Any]:
+    calibration = TOKENS if method == "gptq" else None
+    config = HadaCoreConfig(method=method, act_order=method == "gptq", group_size=32)
+    return quantize_checkpoint(src, dst, config, calibration=calibration, progress=False, **options)
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama-tied", "r1r2"), ("llama", "r1"), ("gemma3", "r2"), ("qwen3-moe", "r1r2"), ("gpt-oss", "r1r2")],
+)
+def test_equals_quantizing_the_rotated_model(tmp_path: Path, name: str, kind: str, method: str) -> None:
+    src = save(make_model(name), tmp_path / "src")
+    rotated = save(rotate_model(make_model(name), kind), tmp_path / "rotated")
+    report = quantize(src, tmp_path / "int4", method, rotation=kind)
+    assert report["rotation"] == kind
+    quantize(rotated, tmp_path / "expected", method)
+    found, expected = stored(tmp_path / "int4"), stored(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("int4", "expected")]
+    assert configs[0] == configs[1]
+
+
+def test_the_result_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    model = make_model("llama-tied")
+    src = save(model, tmp_path / "src")
+    quantize(src, tmp_path / "int4", rotation="r1r2", dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    assert not loaded.config.tie_word_embeddings
+    with torch.no_grad():
+        expected = model.float()(TOKENS[:2]).logits
+        difference = (loaded(TOKENS[:2]).logits - expected).norm() / expected.norm()
+    assert difference < 0.25  # int4; weights that were rotated on one side only give more than 1
+
+
+def test_a_tied_pair_of_which_only_the_head_is_stored(tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "expected", rotation="r1")
+    rewrite(src, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    quantize(src, tmp_path / "int4", rotation="r1")
+    expected = stored(tmp_path / "expected")
+    assert all(torch.equal(value, expected[key]) for key, value in stored(tmp_path / "int4").items())
+
+
+def test_resume_refuses_another_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = save(make_model("llama"), tmp_path / "src")
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_hadacore.checkpoint._write_small_files", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(src, tmp_path / "int4", rotation="r2")
+    with pytest.raises(CheckpointError, match="rotation"):
+        quantize(src, tmp_path / "int4", resume=True)
+    assert quantize(src, tmp_path / "int4", resume=True, rotation="r2")["rotation"] == "r2"
+
+
+def test_what_cannot_be_rotated_is_refused_before_any_work(tmp_path: Path) -> None:
+    src = save(make_model("gemma3"), tmp_path / "src")
+    with pytest.raises(UnsupportedError, match='rotation="r2"'):
+        quantize(src, tmp_path / "int4", rotation="r1r2")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_the_command_line_has_it(tmp_path: Path) -> None:
+    src = save(make_model("llama"), tmp_path / "src")
+    result = run("quantize", src, tmp_path / "int4", "--device", "cpu", "--rotate", "r1r2")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "int4" / "quantization_report.json").read_text())["rotation"] == "r1r2"
+    result = run("quantize", src, tmp_path / "other", "--device", "cpu", "--rotate", "r3")
+    assert result.exit_code == 1
+    assert "expected one of none, r1, r2, r1r2, found 'r3'" in result.output
