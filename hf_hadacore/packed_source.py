@@ -52,10 +52,6 @@ class PackedSource(SourceModel):
     def __init__(self, folder: Path, *, tensor_parallel: bool = False):
         self._tensor_parallel = tensor_parallel
         super().__init__(folder, HadaCoreConfig())
-        if self.layer_plan.tied_head is not None:
-            raise UnsupportedError(
-                f"{self.layer_plan.tied_head} is packed, yet config.json ties it to the embedding"
-            )
         self.provenance["imported_from"] = self._format.title
         if self._orders:
             modules = [_module_of(name) for name in self._sources]
@@ -77,8 +73,8 @@ class PackedSource(SourceModel):
             )
         self._specs: dict[str, LayerSpec] = {}
         self._orders: dict[str, torch.Tensor] = {}
-        owned = {info for parts in self._parts.values() for info in parts.values()}
-        headers = {name: info for name, info in self.stored.items() if info not in owned}
+        owned = {f"{layer}.{suffix}" for layer, parts in self._parts.items() for suffix in parts}
+        headers = {name: info for name, info in self.stored.items() if name not in owned}
         for layer, parts in self._parts.items():
             rows, in_features, self._specs[layer] = self._check_headers(layer, parts)
             weight, scale = parts[self._format.weight], parts[self._format.scale]
@@ -269,7 +265,8 @@ class PackedSource(SourceModel):
             planned |= {f"{name}.{leaf}" for leaf in expert_projections(plain.get_submodule(name))}
         for name in sorted(planned ^ packed.keys()):
             if name in packed:
-                reason = plan.kept.get(name, "not a weight that hadacore quantizes")
+                is_tied = name == f"{plan.tied_head}.weight"
+                reason = "tied by config.json" if is_tied else plan.kept.get(name, "no layer of a known kind")
                 raise UnsupportedError(f"{packed[name][0]} is packed, but cannot be int4 here: {reason}")
             raise UnsupportedError(
                 f"{name} is in full precision, though other weights of its module are packed"

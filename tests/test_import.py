@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from hf_hadacore.cli import app
 from hf_hadacore.errors import CheckpointError, UnsupportedError
 from hf_hadacore.importing import import_checkpoint
+from hf_hadacore.packed_source import PackedSource
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -339,6 +340,36 @@ def test_a_config_of_autogptq_alone(llama: PreTrainedModel, tmp_path: Path) -> N
     assert convert(tmp_path / "src", tmp_path / "dst")["imported_from"] == "gptq (v1)"
 
 
+def test_an_interrupted_run_is_resumed(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = random_grids(llama, 32, symmetric=True, act_order=True)
+    write_packed(tmp_path / "src", llama, grids, gptq_tensors, {**GPTQ, "desc_act": True})
+    convert(tmp_path / "src", tmp_path / "whole")
+    realise, done = PackedSource.realise, []
+
+    def dying(self: PackedSource, unit: Any) -> Any:
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(unit)
+        return realise(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedSource, "realise", dying)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    with pytest.raises(CheckpointError, match="cannot resume"):
+        import_checkpoint(
+            tmp_path / "src", tmp_path / "dst", tensor_parallel=True, resume=True, progress=False
+        )
+    import_checkpoint(tmp_path / "src", tmp_path / "dst", resume=True, progress=False)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "dst").iterdir())
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "dst" / name).read_bytes()
+
+
 # Refusals
 
 
@@ -377,6 +408,18 @@ def test_what_has_no_place_here_is_named(name: str, llama: PreTrainedModel, tmp_
     with pytest.raises(UnsupportedError, match=says):
         convert(tmp_path / "src", tmp_path / "dst")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_packed_head_that_is_tied_is_refused(tmp_path: Path) -> None:
+    model = make_model("llama-tied", torch.float16)
+    src = tmp_path / "src"
+    write_packed(src, model, random_grids(model, 32, symmetric=True), gptq_tensors, GPTQ)
+    stored = load_file(src / "model.safetensors")
+    head = gptq_tensors(random_grid(96, 64, 32, symmetric=True))
+    stored.update({f"lm_head.{suffix}": tensor for suffix, tensor in head.items()})
+    save_file(stored, src / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match="lm_head is packed, but cannot be int4 here: tied"):
+        convert(src, tmp_path / "dst")
 
 
 DOWN = "model.layers.1.mlp.down_proj"
