@@ -71,7 +71,7 @@ def push(
     files = files_to_push(folder)
     if create_pr and revision is not None:
         raise HubError("a pull request gets a revision of its own: create_pr and revision exclude each other")
-    api = HfApi(token=_find_token(token))
+    api = HfApi(token=require_token(token))
     with _explained(repo_id):
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -116,6 +116,24 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[Path]:
     return [*weights, *index, folder / "config.json", *described, *small_files(folder)]
 
 
+def require_token(token: str | None = None) -> str:
+    """The token to use, without asking the Hub what it is worth.
+
+    Args:
+        token: None takes the one of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        HubError: there is none, or it cannot be one.
+    """
+    token = token or get_token()
+    if token is None:
+        raise HubError("there is no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
+    if not _TOKEN.fullmatch(token):
+        # The transport would quote it in its own error.
+        raise HubError("the token for the Hub holds blanks or other characters that no token has")
+    return token
+
+
 def _check_checkpoint(folder: Path) -> list[Path]:
     """The weight files, after the checks that loading them would make."""
     read_config_file(folder)
@@ -125,16 +143,6 @@ def _check_checkpoint(folder: Path) -> list[Path]:
     quantizer = HadaCoreHfQuantizer(recipe, pre_quantized=True)
     compat.meta_model(find_model_class(config, folder), config, quantizer, None, files)
     return files
-
-
-def _find_token(token: str | None) -> str:
-    token = token or get_token()
-    if token is None:
-        raise HubError("there is no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
-    if not _TOKEN.fullmatch(token):
-        # The transport would quote it in its own error.
-        raise HubError("the token for the Hub holds blanks or other characters that no token has")
-    return token
 
 
 def _open_repository(

@@ -186,6 +186,7 @@ def _content(report: Mapping[str, Any], repo_id: str, base_model: str | None) ->
         "loader": "AutoModelForCausalLM" if is_causal else architecture,
         "recipe": {name: recipe[name] for name in _OPTIONS} | _without_defaults(recipe),
         "calibration": report.get("calibration"),
+        "rotation": report.get("rotation"),
         "dtype": report["dtype"],
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "version": report["versions"]["hf_hadacore"],

@@ -361,6 +361,32 @@ def test_no_network(hub: HubServer, checkpoint: Path, monkeypatch: pytest.Monkey
     assert "refused" in line
 
 
+def test_quantize_and_push(hub: HubServer, made: Path, tmp_path: Path) -> None:
+    hub.fail("POST", "/commit/", 500, times=1)
+    arguments = ("quantize", made.parent / "src", tmp_path / "new", "--device", "cpu", "--push", "user/int4")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert (
+        f"{tmp_path / 'new'} is complete; hadacore push {tmp_path / 'new'} user/int4 sends it"
+        in result.stderr
+    )
+    assert run("push", tmp_path / "new", "user/int4").exit_code == 0
+    result = run(*(part if part != tmp_path / "new" else tmp_path / "newer" for part in arguments))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith(f"{hub.url}/user/int4/commit/")
+    assert torch.equal(logits_of("user/int4"), logits_of(tmp_path / "newer"))
+
+
+def test_quantize_and_push_without_a_token_stops_at_once(
+    hub: HubServer, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    result = run("quantize", made.parent / "src", tmp_path / "new", "--push", "user/int4")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: there is no token for the Hub")
+    assert not (tmp_path / "new").exists()
+
+
 def test_offline_mode(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()  # those that exist were made for being online

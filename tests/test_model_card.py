@@ -83,11 +83,12 @@ def test_follows_the_report(checkpoint: Path) -> None:
     report |= {"quantized_bytes": 5_000_000_000, "source_bytes": 20_000_000_000, "size_ratio": 0.25}
     report["calibration"] = {"source": "prose.txt", "samples": 7, "sequence_length": 99, "damping": 0.01}
     report["layers"][0]["output_error"] = 0.0123
-    report["full_precision"] = []
+    report |= {"full_precision": [], "rotation": "r1"}
     card = render_card(report, repo_id="int4", license_data={})
     for expected in (
         "| method | gptq |",
         "| group_size | 32 |",
+        "| rotation folded into the weights | r1 |",
         "| modules_to_not_convert | ['o_proj'] |",
         "5.00 GB instead of 20.00 GB",
         "(25.0 % is left)",

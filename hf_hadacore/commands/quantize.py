@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import HubError
 from .report_errors import reports_errors, tells_how_to_resume
 
 
@@ -75,12 +76,20 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Then do as `hadacore push DST REPO`; a repository that is made is private."
+        ),
+    ] = None,
 ) -> None:
     """Quantize a checkpoint on disk, layer by layer."""
     overrides = dict(_parse_override(text) for text in override or ())
     from ..calibration import Calibration
     from ..checkpoint import quantize_checkpoint
     from ..config import HadaCoreConfig
+    from ..hub import push as push_folder
+    from ..hub import require_token
     from ..inspection import format_size
 
     config = HadaCoreConfig(
@@ -93,6 +102,8 @@ def quantize(
         quantize_lm_head=quantize_lm_head,
         attention=attention,
     )
+    if push is not None:
+        require_token()
     with tells_how_to_resume():
         report = quantize_checkpoint(
             src,
@@ -113,6 +124,12 @@ def quantize(
         f"{dst}: {format_size(report['quantized_bytes'])} ({report['size_ratio']:.1%} of the source), "
         f"{len(report['layers'])} int4 weights, {report['quantized_share']:.1%} of the parameters"
     )
+    if push is not None:
+        try:
+            typer.echo(push_folder(dst, push))
+        except HubError:
+            typer.secho(f"{dst} is complete; hadacore push {dst} {push} sends it", err=True)
+            raise
 
 
 def _parse_act_order(text: str | None, method: str) -> str | bool:
