@@ -331,8 +331,6 @@ def model_obstacle(model: Any) -> str | None:
         return "the model's forward was replaced, by torch.compile or a hook"
     if len(set(getattr(model, "hf_device_map", {"": None}).values())) > 1:
         return "the model is on several devices"
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        return "tensor parallelism is not supported"
     peft = sys.modules.get("peft.tuners.tuners_utils")
     # Of hundreds of modules, at every call of `generate`.
     for module in model.modules():
@@ -359,7 +357,8 @@ def _is_foreign(hook: Callable[..., Any]) -> bool:
 def _fingerprint(model: Any) -> tuple[Any, ...]:
     """What a graph depends on besides its inputs: a change of it makes captured graphs void."""
     tensors = [
-        tensor
+        # A divided Parameter has no address, its local part has.
+        getattr(tensor, "_local_tensor", tensor)
         for module in model.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None

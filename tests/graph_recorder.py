@@ -9,7 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_map
 
 _FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique", "masked_select", "is_nonzero")
@@ -24,12 +28,19 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            # It (a DTensor) comes back with what it does to the tensor inside.
+            return NotImplemented
         if any(word in func.__name__ for word in _FORBIDDEN):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._save(value)
+                for tensor in value if isinstance(value, list) else (value,):
+                    self._save(tensor)
         output = func(*args, **kwargs)
+        if is_traceable_wrapper_subclass(output):
+            # A handle of a tensor that a collective operation is still writing to.
+            return output
         for tensor in output if isinstance(output, tuple | list) else (output,):
             if isinstance(tensor, torch.Tensor) and not any(
                 isinstance(a, torch.Tensor) and _address(a) == _address(tensor) for a in args
@@ -67,6 +78,9 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
 
         for func, args, kwargs, output in recorder.operations:
             again = func(*tree_map(current, args), **tree_map(current, kwargs))
+            if func.namespace == "c10d":
+                # What a CUDA stream would do, and `torch.distributed` does behind the operation.
+                torch.distributed.Work.unbox(again[-1]).wait()
             old = output if isinstance(output, tuple | list) else (output,)
             new = again if isinstance(again, tuple | list) else (again,)
             for before, after in zip(old, new, strict=True):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from permuted_models import quantize_permuted, random_order
 from tiny_models import TINY_CONFIGS, token_ids
 from torch import nn
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from hf_hadacore import HadaCoreConfig, HadaCoreLinear
+from hf_hadacore import HadaCoreLinear
 from hf_hadacore.errors import FormatError
 from hf_hadacore.experts import HadaCoreExperts, projection_shape, swap_experts
 from hf_hadacore.int4 import Int4Weight
@@ -146,61 +147,6 @@ def test_orders_that_leave_a_head_are_refused():
     for bad in (good.roll(4), torch.tensor([1, 0, 3, 2, 4, 5, 6, 7])):
         with pytest.raises(FormatError, match="o_proj's inputs must stay within heads of 4 channels"):
             group.output_order(bad, 4)
-
-
-def random_order(group: PermutationGroup, k: int) -> torch.Tensor:
-    block, repeats = group.head_dim or k, group.repeats
-    heads = torch.stack([torch.randperm(block) for _ in range(k // (block * repeats))])
-    return (heads.repeat_interleave(repeats, 0) + torch.arange(0, k, block)[:, None]).flatten()
-
-
-def quantize_permuted(model: nn.Module, *, baked: bool) -> dict[str, torch.Tensor]:
-    """Quantize all layers with random orders of their inputs.
-
-    Args:
-        model: with `nn.Linear`; becomes int4.
-        baked: put producers' rows in the order of their consumers' inputs; otherwise consumers read their
-            inputs in that order.
-
-    Returns:
-        The orders, by consumer.
-    """
-    torch.manual_seed(1)
-    config = HadaCoreConfig(group_size=32)
-    orders: dict[str, torch.Tensor] = {}
-    groups = permutation_groups(model)
-    for group in groups:
-        order = random_order(group, model.get_submodule(group.consumers[0]).in_features)
-        orders.update(dict.fromkeys(group.consumers, order))
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head" and module.in_features % 8 == 0:
-            layer = HadaCoreLinear.from_linear(module, config, name=name)
-            order = orders.get(name)
-            if order is not None:
-                layer.set_int4(
-                    quantize_weight(
-                        permute_inputs(module.weight.detach(), order), group_size=32, symmetric=False
-                    ),
-                    order,
-                )
-            model.set_submodule(name, layer)
-    if baked:
-        for group in groups:
-            bake(model, group, orders[group.consumers[0]])
-    return orders
-
-
-def bake(model: nn.Module, group: PermutationGroup, order: torch.Tensor) -> None:
-    for name in group.producers:
-        producer = model.get_submodule(name)
-        rows = group.output_order(order, producer.out_features)
-        weight, bias = permute_outputs(producer.int4_weight(), producer.bias, rows)
-        producer.set_int4(weight, producer.input_perm)
-        producer.bias = None if bias is None else nn.Parameter(bias)
-    if group.producers:
-        for name in group.consumers:
-            consumer = model.get_submodule(name)
-            consumer.set_int4(consumer.int4_weight())
 
 
 @pytest.mark.transformers_versions
