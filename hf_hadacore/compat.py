@@ -294,6 +294,17 @@ def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
     return {**(model._tp_plan or {}), **(given if isinstance(given, dict) else {})}
 
 
+def uses_expert_parallelism(model: PreTrainedModel) -> bool:
+    """Whether whole experts are to be on different ranks.
+
+    Args:
+        model: not distributed yet.
+    """
+    given = getattr(model.config, "distributed_config", None)
+    # The number of such ranks since 5.19.
+    return bool(getattr(given, "enable_expert_parallel", False)) or (getattr(given, "ep_size", None) or 1) > 1
+
+
 def sum_outputs(module: Any, mesh: DeviceMesh) -> None:
     """Sum the outputs of fused experts over the ranks, each of which holds a part of every expert.
 

@@ -121,6 +121,11 @@ class HadaCoreHfQuantizer(compat.Quantizer):
                 _as_load_placeholder(model, name)
 
     def _check_options_for_ranks(self, model: PreTrainedModel) -> None:
+        if self._plan.experts and compat.uses_expert_parallelism(model):
+            raise UnsupportedError(
+                "expert parallelism does not work with int4 experts; use tp_size, which divides every "
+                "expert, or device_map"
+            )
         if tensor_parallel_size(model) == 1:
             return
         if self.quantization_config.dequantize:

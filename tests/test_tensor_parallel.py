@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 from transformers.distributed import DistributedConfig
 
-from hf_hadacore import HadaCoreConfig, HadaCoreLinear
+from hf_hadacore import HadaCoreConfig, HadaCoreHfQuantizer, HadaCoreLinear
 from hf_hadacore.errors import ConfigError, ShardingError, UnsupportedError
 from hf_hadacore.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.layer_plan import plan_layers
@@ -279,6 +279,20 @@ def test_one_scale_for_all_inputs_of_a_row():
     assert "model.layers.*.mlp.up_proj.weight_scale" not in plan
     with pytest.raises(ShardingError, match="o_proj: with group_size=-1 all its inputs share a scale"):
         planned(LlamaConfig(**_SIZES), 2, quantization, on_the_fly=True)
+
+
+@pytest.mark.transformers_versions
+def test_expert_parallelism_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
+    given = model.config.distributed_config = DistributedConfig(tp_size=2)
+    if hasattr(given, "ep_size"):
+        given.ep_size = 2
+    else:
+        given.enable_expert_parallel = True
+    quantizer = HadaCoreHfQuantizer(HadaCoreConfig(group_size=32), pre_quantized=False)
+    with pytest.raises(UnsupportedError, match="expert parallelism does not work with int4 experts"):
+        quantizer._process_model_before_weight_loading(model)
 
 
 def refused_on_a_rank(path: Path, full: Path) -> list[str]:
