@@ -60,12 +60,12 @@ def test_overrides():
         },
     )
     plan = plan_layers(make_model("llama"), config)
-    assert plan.linears["model.layers.0.mlp.up_proj"] == (32, True)
-    assert plan.linears["model.layers.0.self_attn.q_proj"] == (128, False)
+    assert plan.linears["model.layers.0.mlp.up_proj"] == (32, True, False)
+    assert plan.linears["model.layers.0.self_attn.q_proj"] == (128, False, False)
     assert plan.kept["model.layers.0.self_attn.v_proj.weight"] == "skipped by an override"
     assert "model.layers.1.mlp.down_proj" in plan.linears
     assert "model.layers.1.mlp.up_proj" not in plan.linears
-    assert plan.linears["lm_head"] == (64, False)
+    assert plan.linears["lm_head"] == (64, False, False)
 
 
 def test_an_override_that_matches_nothing_is_an_error():
