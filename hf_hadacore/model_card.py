@@ -102,6 +102,7 @@ def render_card(
     repo_id: str,
     base_model: str | None = None,
     license_data: Mapping[str, Any],
+    note: str | None = None,
 ) -> str:
     """A model card from what was written down when the checkpoint was made and measured.
 
@@ -111,6 +112,7 @@ def render_card(
         repo_id: id on the Hub, or a folder's name.
         base_model: id of the source; None takes the report's source if that is an id.
         license_data: "license", "license_name" and "license_link", as far as they are known.
+        note: what else must be known about the source, in Markdown.
 
     Raises:
         CheckpointError: the report lacks something that every report has.
@@ -137,9 +139,8 @@ def render_card(
         eval_results=results or None,
     )
     template = files(__package__).joinpath("templates/model_card.md.jinja").read_text("utf-8")
-    card = ModelCard.from_template(
-        data, template_str=template, repo_id=repo_id, quality=quality, license_data=license_data, **content
-    )
+    content |= {"repo_id": repo_id, "quality": quality, "license_data": license_data, "note": note}
+    card = ModelCard.from_template(data, template_str=template, **content)
     text = f"{str(card).rstrip()}\n\n"
     return f"{text}<!-- hadacore card, sha256 of what is above: {_digest(text)} -->\n"
 
