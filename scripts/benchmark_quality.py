@@ -121,6 +121,7 @@ class Options(NamedTuple):
     device: str
     dtype: str
     windows: int
+    questions: bool
     limit: int | None
     samples: int
     sequence_length: int
@@ -217,7 +218,8 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     """Every recipe on one model."""
     start = time.perf_counter()
     src = export_checkpoint(name, options.work / name)
-    tasks = {file.stem: read_items(file)[: options.limit] for file in sorted(options.data.glob("*.jsonl"))}
+    files = sorted(options.data.glob("*.jsonl")) if options.questions else []
+    tasks = {file.stem: read_items(file)[: options.limit] for file in files}
     baseline, tokenizer = load(src, options)
     ids, bos = encode(tokenizer, (options.data / TEXT).read_text("utf-8"))
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
@@ -289,6 +291,7 @@ def main(
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
     ] = None,
+    questions: Annotated[bool, typer.Option(help="Multiple choice, which takes most of the time.")] = True,
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
@@ -307,9 +310,10 @@ def main(
     if not recipes:
         raise typer.BadParameter(f"{only!r} matches no recipe", param_hint="--only")
     windows = windows or WINDOWS[torch.device(device).type]
-    options = Options(data, work, recipes, device, dtype, windows, limit, samples, sequence_length)
+    options = Options(data, work, recipes, device, dtype, windows, questions, limit, samples, sequence_length)
     command = [f"--samples {samples} --sequence-length {sequence_length} --windows {windows} --dtype {dtype}"]
     command += [f"--only '{only}'"] * bool(only) + [f"--limit {limit}"] * bool(limit)
+    command += ["--no-questions"] * (not questions)
     report: dict[str, Any] = {
         "command": " ".join(["python scripts/benchmark_quality.py --data DATA", *command]),
         "date": datetime.now(UTC).date().isoformat(),

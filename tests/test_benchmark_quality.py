@@ -23,7 +23,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
     write_task(data / "trivia.jsonl")
     return Options(
         *(data, tmp_path, RECIPES),
-        **{"device": "cpu", "dtype": "bfloat16", "windows": 3, "limit": 8},
+        **{"device": "cpu", "dtype": "bfloat16", "windows": 3, "questions": True, "limit": 8},
         **{"samples": 8, "sequence_length": 32},
     )
 
