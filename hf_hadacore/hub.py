@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
+from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
 from . import compat
 from .architecture import find_model_class, load_model_config, read_config_file, read_recipe
 from .config import QUANT_METHOD
-from .errors import HadaCoreError, HubError
+from .errors import CheckpointError, HadaCoreError, HubError
 from .evaluation_report import read_evaluation
 from .integrity import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, checkpoint_files
 from .model_card import CARD_NAME, EVALUATION_PATTERN, card_of, is_generated
@@ -28,6 +29,8 @@ from .staging import REPORT_NAME, small_files
 DEFAULT_MESSAGE = "Upload int4 checkpoint"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLE_SUFFIXES)
+# What `from_pretrained` looks for; adapters and other files beside it are not ours to remove.
+_LOADED = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin|index\.json)")
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -76,7 +79,7 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         state = _open_repository(api, repo_id, private, revision, may_create=not create_pr)
-        if not (create_pr or revision):
+        if not create_pr and revision in (None, DEFAULT_REVISION):
             _check_is_no_other_model(api, state)
         additions = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
         if card := _missing_card(api, state, folder):
@@ -140,8 +143,13 @@ def _check_checkpoint(folder: Path) -> list[Path]:
     files = checkpoint_files(folder)
     recipe = read_recipe(folder)
     config = load_model_config(folder, quantized=True)
-    quantizer = HadaCoreHfQuantizer(recipe, pre_quantized=True)
-    compat.meta_model(find_model_class(config, folder), config, quantizer, None, files)
+    model_class = find_model_class(config, folder)
+    try:
+        compat.meta_model(model_class, config, HadaCoreHfQuantizer(recipe, pre_quantized=True), None, files)
+    except HadaCoreError:
+        raise
+    except Exception as error:  # damaged values fail in as many ways as there are models
+        raise CheckpointError(f"{folder}: no model can be built from its config.json: {error}") from error
     return files
 
 
@@ -199,7 +207,8 @@ def _is_stale(name: str, sent: set[str]) -> bool:
     """Whether a file of the repository belongs to earlier weights: `from_pretrained` might prefer them."""
     if name in sent or "/" in name:
         return False
-    return name.endswith(_WEIGHT_SUFFIXES) or name == REPORT_NAME or Path(name).match(EVALUATION_PATTERN)
+    is_result = name == REPORT_NAME or Path(name).match(EVALUATION_PATTERN)
+    return is_result or _LOADED.fullmatch(name) is not None
 
 
 def _names(state: ModelInfo) -> list[str]:

@@ -3,6 +3,8 @@
 No package that is kept does it (PyPI's mirrors only read), so here are the endpoints that the client uses to
 push and to load. What the Hub refuses, this refuses: users without a token, repositories of others, LFS
 objects that were not uploaded, metadata of model cards that its documentation calls invalid.
+
+`python tests/hub_server.py` runs one until it is interrupted and prints the variables that lead a client to it.
 """
 
 import base64
@@ -356,3 +358,12 @@ def card_problems(text: str) -> list[str]:
                 if not isinstance(metric["type"], str) or not isinstance(metric["value"], int | float):
                     problems.append("a metric needs a type and a value")
     return problems
+
+
+if __name__ == "__main__":
+    server = HubServer()
+    print(f"export HF_ENDPOINT={server.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass

@@ -204,6 +204,15 @@ def test_revision(hub: HubServer, checkpoint: Path) -> None:
     assert torch.equal(model(token_ids()).logits, logits_of(checkpoint))
 
 
+def test_a_branch_beside_another_model(hub: HubServer, checkpoint: Path) -> None:
+    others = ("adapter_model.safetensors", "onnx/model.onnx", "notes.txt")
+    weights = ("model.safetensors", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+    hub.add_repository("user/int4", private=True, files=dict.fromkeys((*others, *weights), b"1"))
+    assert run("push", checkpoint, "user/int4", "--revision", "int4").exit_code == 0
+    assert pushed_files(hub) == {*others, *weights}
+    assert pushed_files(hub, "int4") == PUSHED | {*others}
+
+
 def test_pull_request(hub: HubServer, checkpoint: Path) -> None:
     hub.add_repository("org/model", private=False, files={"model.safetensors": b"big", "README.md": b"# Big"})
     result = run("push", checkpoint, "org/model", "--create-pr")
@@ -322,9 +331,7 @@ def test_the_name_of_another_model(hub: HubServer, checkpoint: Path) -> None:
         assert line.startswith(
             f"user/int4: the name is taken by another model ({name}), which is not replaced"
         )
-    # On a branch of its own it may be replaced: somebody has said so.
-    assert run("push", checkpoint, "user/int4", "--revision", "int4").exit_code == 0
-    assert pushed_files(hub, "int4") == PUSHED
+        assert refused(hub, checkpoint, "user/int4", "--revision", "main") == line
 
 
 def test_a_name_that_is_taken_meanwhile(
@@ -429,18 +436,26 @@ def test_a_folder_that_is_no_checkpoint(hub: HubServer, made: Path, tmp_path: Pa
 
 
 def test_a_damaged_checkpoint_is_not_sent(hub: HubServer, made: Path, tmp_path: Path) -> None:
-    for name, damage in (
-        (SHARDS[1], lambda file: os.truncate(file, 5000)),
-        (SHARDS[2], lambda file: file.unlink()),
-        ("model.safetensors.index.json", lambda file: file.write_text("{}")),
+    def change(file: Path, old: str, new: str) -> None:
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    for i, (name, damage, message) in enumerate(
         (
-            "config.json",
-            lambda file: file.write_text(file.read_text().replace('"group_size": 128', '"group_size": 32')),
-        ),
+            (SHARDS[1], lambda file: os.truncate(file, 5000), "truncated"),
+            (SHARDS[2], lambda file: file.unlink(), "shard is missing"),
+            ("model.safetensors.index.json", lambda file: file.write_text("{}"), "weight_map"),
+            (
+                "config.json",
+                lambda file: change(file, '"group_size": 128', '"group_size": 32'),
+                "contradicts",
+            ),
+            ("config.json", lambda file: change(file, '"silu"', '"none"'), "no model can be built"),
+        )
     ):
-        folder = copy_checkpoint(made, tmp_path / name)
+        folder = copy_checkpoint(made, tmp_path / str(i))
         damage(folder / name)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=message):
             push(folder, "user/int4")
     assert hub.requests == []
 
