@@ -26,7 +26,7 @@ from .weight_rotation import ROTATIONS, AxisRotation, ParameterChange, WeightRot
 
 # Two widths of the tiny model, the first of which it is run with.
 _WIDTHS = (24, 40)
-_TINY_INTERMEDIATE = 16
+_NARROW = 16
 _PROBE_TOKENS = 6
 # Of the largest logit. Norms and softmax compute in fp32 whatever their input; a wrong plan changes more.
 _TOLERANCE = 1e-3
@@ -94,7 +94,7 @@ def plan_rotation(model: PreTrainedModel, kind: str) -> WeightRotation:
     if "r2" in kind and not heads:
         raise UnsupportedError(
             f"{model_name}: the values of its heads cannot be rotated (R2): found no v_proj and o_proj with "
-            "nothing but attention between them"
+            'nothing but attention between them; try rotation="r1"'
         )
     residual: dict[str, ParameterChange] = {}
     norms: dict[str, float] = {}
@@ -120,15 +120,15 @@ def _merged(one: dict[str, ParameterChange], other: dict[str, ParameterChange]) 
 
 
 def _tiny_config(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
-    """The same architecture, heads and layers, with a narrow residual stream and narrow MLPs."""
+    """The same architecture, heads and layers; residual stream, MLPs and ranks of projections are narrow."""
     tiny: Any = copy.deepcopy(config)
     if getattr(tiny, "head_dim", None) is None:
         tiny.head_dim = tiny.hidden_size // tiny.num_attention_heads
     tiny.hidden_size = width
     for name, value in vars(config).items():
-        if name.endswith("intermediate_size") and value:
+        if name.endswith(("intermediate_size", "lora_rank")) and value:
             is_list = isinstance(value, list | tuple)
-            setattr(tiny, name, [_TINY_INTERMEDIATE] * len(value) if is_list else _TINY_INTERMEDIATE)
+            setattr(tiny, name, [_NARROW] * len(value) if is_list else _NARROW)
     tiny.tie_word_embeddings = False
     return tiny
 

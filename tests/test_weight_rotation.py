@@ -6,6 +6,7 @@ from tiny_models import TINY_CONFIGS, make_model, token_ids
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma3Config,
     GemmaConfig,
     GPT2Config,
@@ -205,6 +206,20 @@ def test_what_cannot_be_rotated_is_refused(config: object, reason: str) -> None:
         model = AutoModelForCausalLM.from_config(config())
     with pytest.raises(UnsupportedError, match=reason):
         plan_rotation(model, "r1")
+
+
+def test_heads_without_values_of_their_own_allow_r1_only() -> None:
+    sizes = {**_SIZES, "num_key_value_heads": 4, "head_dim": 8}
+    ranks = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+    experts = dict(
+        n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1
+    )
+    model = from_config(DeepseekV3Config(**sizes, **ranks, **experts, moe_intermediate_size=24))
+    with pytest.raises(UnsupportedError, match=r'\(R2\).*rotation="r1"'):
+        plan_rotation(model, "r1r2")
+    expected = logits(model)
+    rotate_model(model, "r1")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_plan_that_changes_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
