@@ -4,7 +4,7 @@ No package that is kept does it (PyPI's mirrors only read), so here are the endp
 push and to load. What the Hub refuses, this refuses: users without a token, repositories of others, LFS
 objects that were not uploaded, metadata of model cards that its documentation calls invalid.
 
-`python tests/hub_server.py` runs one until it is interrupted and prints the variables that lead a client to it.
+`python tests/hub_server.py` runs one until it is interrupted; what it prints leads clients there.
 """
 
 import base64
