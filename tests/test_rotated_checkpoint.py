@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import CheckpointError, UnsupportedError
+from hf_hadacore.layer_solver import LayerSolver
 from hf_hadacore.rotation_search import rotate_model
 
 pytestmark = pytest.mark.transformers_versions
@@ -81,6 +82,27 @@ def test_resume_refuses_another_rotation(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="rotation"):
         quantize(src, tmp_path / "int4", resume=True)
     assert quantize(src, tmp_path / "int4", resume=True, rotation="r2")["rotation"] == "r2"
+
+
+def test_an_interrupted_run_goes_on_with_what_was_rotated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "expected", "gptq", rotation="r1r2")
+    solve = LayerSolver.solve
+
+    def dying(solver: LayerSolver) -> None:
+        if "model.layers.1.mlp.down_proj" in solver._modules:
+            raise KeyboardInterrupt
+        solve(solver)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSolver, "solve", dying)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(src, tmp_path / "int4", "gptq", rotation="r1r2")
+    quantize(src, tmp_path / "int4", "gptq", rotation="r1r2", resume=True)
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "int4" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_what_cannot_be_rotated_is_refused_before_any_work(tmp_path: Path) -> None:
