@@ -9,7 +9,6 @@ measured in a second run, where the parts of the work wait for the device before
 """
 
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -129,8 +128,9 @@ def main(
             outside = measured["total_s"] - sum(measured["layers_s"])
             measured["model_of_32_layers_s"] = round(outside + LAYERS_OF_8B * per_layer, 1)
             runs.append({"act_order": order, "with_parts": bool(parts), **measured})
+    options = f"--layers {layers} --samples {samples} --sequence-length {sequence_length}"
     result = {
-        **about_this_run(f"python {' '.join(sys.argv)}", "transformers"),
+        **about_this_run(f"python scripts/benchmark_gptq.py {options}", "transformers"),
         "shapes": f"Llama-3-8B in bf16, random weights and tokens, {layers} of {LAYERS_OF_8B} decoder layers",
         "scaled": "model_of_32_layers_s: outside of layers as measured + 32 x the mean layer but the first",
         "samples": samples,
