@@ -67,7 +67,7 @@ def quantize(
         typer.Option(
             metavar="KIND",
             help="Hadamard rotations folded into the weights: none, r1 (residual stream), r2 (heads' values) "
-            "or r1r2.",
+            "or r1r2; for gptq, rtn gets worse.",
         ),
     ] = "none",
     dtype: Annotated[
