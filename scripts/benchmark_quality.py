@@ -16,7 +16,7 @@ import platform
 import re
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -330,8 +330,9 @@ def main(
     }
     names = model or list(MODELS)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, measured in zip(names, pool.map(measure, names, [options] * len(names)), strict=True):
-            report["models"][name] = measured
+        running = {pool.submit(measure, name, options): name for name in names}
+        for finished in as_completed(running):
+            report["models"][running[finished]] = finished.result()
             if json_file is not None:
                 merge_report(report, json_file)
     for name, measured in report["models"].items():
