@@ -163,6 +163,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(CalibrationError, match="is a folder"):
         tokens(tmp_path)
     (tmp_path / "data.bin").write_text("w2")
+    monkeypatch.chdir(tmp_path)
     for source in (tmp_path / "data.bin", "a/b/c", "../x", "name:a:b:c"):
         with pytest.raises(CalibrationError, match=r"neither a file that ends in .* nor a hub dataset"):
             tokens(source)
