@@ -11,7 +11,16 @@ def _with_error(difference: dict[str, float]) -> str:
 
 @block
 def quality() -> str:
-    result = read_results("quality")
+    return _quality("quality")
+
+
+@block
+def quality_gptq() -> str:
+    return _quality("quality_gptq")
+
+
+def _quality(name: str) -> str:
+    result = read_results(name)
     parts = []
     for model in result["models"].values():
         rows: list[list[object]] = [["bf16", 16, f"{model['baseline_perplexity']:.2f}", "", ""]]
