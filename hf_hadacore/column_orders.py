@@ -1,11 +1,11 @@
 """In which order GPTQ quantizes the columns of each weight of a model, and where that order is kept."""
 
-import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 
+from .name_patterns import name_patterns
 from .solvers.act_order import falling_diagonal
 from .tensor_parallel import PermutationGroup
 
@@ -69,10 +69,4 @@ class ColumnOrders:
 
     def patterns(self) -> list[str]:
         """`HadaCoreConfig.input_permutations` for the stored ones: one for all layers where that works."""
-        patterns = set()
-        for name in self.stored:
-            exact = re.escape(name) + "$"
-            any_layer = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", exact)
-            alike = {other for other in self._quantized if re.search(any_layer, other)}
-            patterns.add(any_layer if alike <= self.stored else exact)
-        return sorted(patterns)
+        return name_patterns(self.stored, self._quantized)
