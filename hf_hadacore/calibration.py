@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
+from .text_windows import bos_token, window_starts
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
@@ -75,8 +76,8 @@ def calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerB
     Raises:
         CalibrationError: the data cannot be read, has no text in the column, or not enough of it.
     """
-    bos = tokenizer.bos_token_id
-    prefix = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+    bos = bos_token(tokenizer)
+    prefix = [] if bos is None else [bos]
     length = calibration.sequence_length - len(prefix)
     ids: list[int] = []
     for text in _texts(calibration, tokenizer):
@@ -89,7 +90,7 @@ def calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerB
             f"{calibration.title}: {len(ids)} tokens give {most} samples of {calibration.sequence_length}, "
             f"{calibration.samples} were asked for; use more text, or fewer or shorter samples"
         )
-    starts = [most * i // calibration.samples * length for i in range(calibration.samples)]
+    starts = window_starts(most, calibration.samples, length)
     return torch.tensor([prefix + ids[start : start + length] for start in starts])
 
 

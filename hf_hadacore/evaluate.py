@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError
+from .text_windows import bos_token, window_starts
 
 _CHUNK = 256  # positions whose logits are widened to fp32 at a time
 
@@ -87,15 +88,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[torch.Tensor,
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
     return ids, bos_token(tokenizer)
-
-
-def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a tokenizer puts before a text, if it does.
-
-    Some models are trained that way (Gemma), and lost without it.
-    """
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("").input_ids[:1] == [bos] else None
 
 
 @torch.inference_mode()
@@ -210,8 +202,8 @@ def _windows(
         raise EvaluationError(
             f"{input_ids.numel()} tokens hold {most} windows of {length}, asked for {count}"
         )
-    for i in tqdm(range(count), desc="perplexity", disable=not progress, leave=False):
-        start = most * i // count * length
+    starts = window_starts(most, count, length)
+    for start in tqdm(starts, desc="perplexity", disable=not progress, leave=False):
         yield torch.cat([prefix, input_ids[start : start + length]])
 
 

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import EvaluationError
-from .evaluate import Estimate, bos_token, fp32_logits
+from .evaluate import Estimate, fp32_logits
 from .kv_cache import HadaCoreCache, attention_mode
+from .text_windows import bos_token
 
 _BATCH_TOKENS = 8192
 _NO_TOKEN = -100  # what cross_entropy gives a loss of 0
