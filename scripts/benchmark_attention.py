@@ -16,14 +16,13 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from check_hadamard_gpu import in_processes
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_hadacore import quantized_attention, rotate_quantize
@@ -274,7 +273,7 @@ def main(
     dims: Annotated[str, typer.Option(help="Head sizes of prefill, separated by commas.")] = "128,64",
     parts: Annotated[str, typer.Option(help="prefill, decode.")] = "prefill,decode",
     kernel: Annotated[str | None, typer.Option(help="Only attention_triton, say.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")

@@ -18,13 +18,12 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from check_hadamard_gpu import exact_transform, in_floors, in_processes
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels import hadamard_schedules as schedules
@@ -299,7 +298,7 @@ def main(
     sizes: Annotated[str, typer.Option(help="n, separated by commas; all by default.")] = "",
     dtypes: Annotated[str, typer.Option(help="bf16, fp16, fp32; tuning takes the first.")] = "bf16,fp16,fp32",
     tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")

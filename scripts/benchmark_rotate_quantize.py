@@ -10,14 +10,13 @@ for the mean of keys, those of the keys.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import typer
 from check_hadamard_gpu import in_processes
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors
 from hf_hadacore.kernels import hadamard_schedules, rotate_quantize_triton
@@ -231,7 +230,7 @@ def tune() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
     tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
 ) -> None:
     if not torch.cuda.is_available():

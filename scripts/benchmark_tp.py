@@ -23,14 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
 from check_w4a16 import in_floors
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from rank_processes import run_ranks
 from tp_mlp import (
     DTYPE,
@@ -363,7 +362,7 @@ def main(
     mlp: Annotated[str | None, typer.Option(help="Separated by commas; default all.")] = None,
     tokens: Annotated[str, typer.Option(help="Separated by commas.")] = TOKENS,
     with_one_shot: Annotated[bool, typer.Option(help="Measure the one-shot all-reduce, too.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     gpus = torch.cuda.device_count()
     tp = tp or ",".join(str(1 << bit) for bit in range((gpus or 2).bit_length()))

@@ -16,13 +16,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from check_w4a16 import in_floors
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from w4a16_peers import GROUP, PEERS, Problem
 
 from hf_hadacore import int4
@@ -153,7 +152,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="Separated by commas.")] = TOKENS,
     peers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(PEERS),
     splits: Annotated[bool, typer.Option(help="Measure the SplitK table.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")

@@ -19,7 +19,7 @@ import torch
 import transformers
 import typer
 from benchmark_generate import captured_graph, llama_8b, make_model, print_kernels
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_hadacore import HadaCoreCache, decode_cache
@@ -211,7 +211,7 @@ def check_speed(profile: bool) -> dict[str, Any]:
 def main(
     part: Annotated[list[Part] | None, typer.Option(help="What to do; default everything.")] = None,
     profile: Annotated[bool, typer.Option(help="Print the kernels of a step.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     transformers.logging.set_verbosity_error()
     parts: dict[Part, Callable[[], dict[str, Any]]] = {

@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
 
 from hf_hadacore import quantized_attention
 from hf_hadacore.kernels import attention
@@ -371,10 +371,8 @@ def sanitize(kernels: list[str]) -> None:
 
 def main(
     kernel: Annotated[list[str] | None, typer.Option(help="attention_hopper, attention_triton.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")

@@ -10,7 +10,6 @@ Times are microseconds of one call in CUDA-graph replays over caches that rotate
 shapes of Llama-3-8B: of attention alone, and behind the RoPE that writes the cache, as in a model.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 
 from hf_hadacore.decode_attention import decode_attention_forward
 from hf_hadacore.kernels.decode_attention_triton import HEAD_DIMS, choose_splits, launch
@@ -365,10 +364,8 @@ def sanitize() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
     splits_only: Annotated[bool, typer.Option("--splits", help="Times of every number of splits.")] = False,
 ) -> None:
     if not torch.cuda.is_available():
@@ -403,14 +400,7 @@ def main(
     if any(report.get(f"different_of_{REPEATS}", {}).values()):
         failed.append("repeats")
     failed += [name for name in report if name.startswith(("beyond", "replays")) and report[name] is not True]
-    report["failed"] = failed
-    write_report(report, json_file)
-    print(json.dumps({key: value for key, value in report.items() if key != "times_us"}, indent=1))
-    for row in report.get("times_us", []):
-        print(*(f"{name} {value}" for name, value in row.items()), sep="  ")
-    if failed:
-        raise SystemExit(f"failed: {failed}")
-    print("all right")
+    conclude(report, failed, json_file, rows="times_us")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are microseconds of one call: in CUDA-graph replays of calls back to back, and o
 """
 
 import copy
-import json
 import multiprocessing
 import os
 import random
@@ -18,13 +17,12 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 from transformers import DynamicCache, StaticCache
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
@@ -405,10 +403,8 @@ def sanitize() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
@@ -436,14 +432,7 @@ def main(
     right = [*report.get("beyond_2_31_elements", {}).values(), report.get("overlapping_launches_are_right")]
     if not all(right):
         failed.append("large tensors or overlapping launches")
-    report["failed"] = failed
-    write_report(report, json_file)
-    print(json.dumps({key: value for key, value in report.items() if key != "times"}, indent=1))
-    for entry in report.get("times", []):
-        print(*(f"{name} {value}" for name, value in entry.items()), sep="  ")
-    if failed:
-        raise SystemExit(f"failed: {failed}")
-    print("all right")
+    conclude(report, failed, json_file, rows="times")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ another order of sums has decided a tie. The time of a layer is that of its Hess
 weights, on random inputs, without the model's own forward passes.
 """
 
-import json
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, conclude
 
 from hf_hadacore.solvers.act_order import falling_diagonal
 from hf_hadacore.solvers.gptq import gptq_quantize
@@ -105,7 +103,7 @@ def time_layer(sweeps: int, stacked: bool) -> dict[str, Any]:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
@@ -122,16 +120,12 @@ def main(
         "tokens": TOKENS,
         "layer": [time_layer(sweeps, stacked) for sweeps in (0, 1) for stacked in (False, True)],
     }
-    report["failed"] = [
+    failed = [
         case
         for case in cases
         if case["equal_rows"] < MIN_EQUAL_ROWS or case["error_difference"] > MAX_ERROR_DIFFERENCE
     ]
-    write_report(report, json_file)
-    print(json.dumps(report, indent=1))
-    if report["failed"]:
-        raise SystemExit(f"failed: {report['failed']}")
-    print("all right")
+    conclude(report, failed, json_file)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels.hadamard_schedules import SMALL, HopperSchedule, choose_hopper, steps_of
@@ -313,10 +312,8 @@ def sanitize() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         raise SystemExit("this check needs an NVIDIA GPU with bf16 tensor cores")

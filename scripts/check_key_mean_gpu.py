@@ -8,7 +8,6 @@ Means are held to float64: each to what fp32 sums may be off by, and all togethe
 memory is filled with NaN before the kernel writes to it.
 """
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import typer
 from benchmark_rotate_quantize import MEANS, mean_calls
 from check_hadamard_gpu import in_processes
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 
 from hf_hadacore.kernels import key_mean_triton
 from hf_hadacore.kernels.key_mean import key_mean, key_mean_reference
@@ -99,11 +98,9 @@ def tune() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
     tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
@@ -129,12 +126,7 @@ def main(
     failed += [name for name in ("repeats_are_identical", "beyond_2_31_elements") if not report[name]]
     limits = {"worst_error_in_bounds": 1.0, "error_in_those_of_torch": MAX_ERROR_IN_THOSE_OF_TORCH}
     failed += [name for name, limit in limits.items() if not report[name] <= limit]
-    report["failed"] = failed
-    write_report(report, json_file)
-    print(json.dumps(report, indent=1))
-    if failed:
-        raise SystemExit(f"failed: {failed}")
-    print("all right")
+    conclude(report, failed, json_file)
 
 
 if __name__ == "__main__":

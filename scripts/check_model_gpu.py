@@ -11,12 +11,12 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from benchmark_offline_memory import make_checkpoint
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
@@ -69,7 +69,7 @@ def load(folder: Path, **options: object) -> tuple[PreTrainedModel, dict[str, fl
 
 def main(
     layers: int = 32,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -30,7 +30,7 @@ import transformers
 import typer
 from benchmark_generate import captured_graph, fill_randomly, llama_8b, meta_model, rewind
 from benchmark_generate import measure as measure_generate
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, about_this_run, write_report
 from rank_processes import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
@@ -326,7 +326,7 @@ def main(
     batches: Annotated[str, typer.Option(help="Separated by commas.")] = "1,16",
     new_tokens: int = 64,
     one_shot: Annotated[bool, typer.Option(help="Try `hf_hadacore.one_shot`, too.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     gpus = torch.cuda.device_count()
     shape = shape or ("llama-8b" if gpus else "tiny")

@@ -9,13 +9,12 @@ must give the bits that it gives kernel by kernel.
 
 import random
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from check_hadamard_gpu import in_processes
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
 from rotate_quantize_exact import SUMS, TWO_TERMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels.attention import attention_8bit
@@ -140,10 +139,8 @@ def check_graph(key_dtype: torch.dtype) -> int:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")

@@ -7,20 +7,18 @@ Values are held to float64, one by one: none may be further off than the 8-bit r
 filled with NaN (int8: 127) before a kernel writes to it.
 """
 
-import json
 import multiprocessing
 import os
 import random
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import typer
 from check_hadamard_gpu import exact_transform
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 from rotate_quantize_exact import SUMS, TWO_TERMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
@@ -353,10 +351,8 @@ def sanitize() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")
@@ -382,12 +378,7 @@ def main(
         report[name] = error is None and future.result()
         if not report[name]:
             failed.append(name)
-    report["failed"] = failed
-    write_report(report, json_file)
-    print(json.dumps(report, indent=1))
-    if failed:
-        raise SystemExit(f"failed: {failed}")
-    print("all right")
+    conclude(report, failed, json_file)
 
 
 if __name__ == "__main__":

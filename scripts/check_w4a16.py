@@ -13,12 +13,11 @@ import os
 import random
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
-from gpu_report import about_this_run, write_report
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
 
 from hf_hadacore import int4
 from hf_hadacore.int4 import Int4Weight
@@ -163,10 +162,8 @@ def sanitize() -> None:
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
-    sanitize_only: Annotated[
-        bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")
-    ] = False,
+    json_file: JsonFile = None,
+    sanitize_only: SanitizeOnly = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this check needs a CUDA device")

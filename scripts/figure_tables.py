@@ -227,6 +227,13 @@ def _generate_speed(name: str) -> str:
     return f"{table(header, rows)}\n\n{note} {source(result)}"
 
 
+def _products_of_experts(result: dict[str, Any]) -> str:
+    """How right the products were."""
+    products = result["products"]
+    worst = max(products["worst_error_in_floors"], *products["models_error_in_floors"].values())
+    return f"{products['cases']} random problems, largest error {worst:.2f} floors. {source(result)}"
+
+
 @block
 def experts_speed() -> str:
     result = read_results("experts")
@@ -244,10 +251,7 @@ def experts_speed() -> str:
     ]
     header = ["tokens", "experts read", "int4", "share of the floor", "its products alone"]
     header += ["bf16 grouped_mm", "bf16 batched_mm"]
-    products = result["products"]
-    worst = max(products["worst_error_in_floors"], *products["models_error_in_floors"].values())
-    note = f"{products['cases']} random problems, largest error {worst:.2f} floors."
-    return f"{table(header, rows)}\n\n{note} {source(result)}"
+    return f"{table(header, rows)}\n\n{_products_of_experts(result)}"
 
 
 @block
@@ -267,7 +271,4 @@ def experts_prefill() -> str:
     ]
     header = ["tokens", "int4", "bf16 grouped_mm", "bf16 / int4", "TFLOP/s of the int4 products"]
     header += ["int4 without a graph", "loop over experts / int4"]
-    products = result["products"]
-    worst = max(products["worst_error_in_floors"], *products["models_error_in_floors"].values())
-    note = f"{products['cases']} random problems, largest error {worst:.2f} floors."
-    return f"{table(header, rows)}\n\n{note} {source(result)}"
+    return f"{table(header, rows)}\n\n{_products_of_experts(result)}"

@@ -5,12 +5,17 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
+import typer
 
 import hf_hadacore
+
+# Options that most of the scripts have.
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Where to write the results.")]
+SanitizeOnly = Annotated[bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")]
 
 
 def about_this_run(command: str, *packages: str) -> dict[str, Any]:
@@ -40,3 +45,25 @@ def write_report(report: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def conclude(report: dict[str, Any], failed: list[Any], json_file: Path | None, rows: str = "") -> None:
+    """Write and print the report of a check.
+
+    Args:
+        report: gets `failed` as its last entry.
+        failed: what is not right.
+        json_file: see `write_report`.
+        rows: an entry that is printed apart, a line for each of its rows.
+
+    Raises:
+        SystemExit: something is not right.
+    """
+    report["failed"] = failed
+    write_report(report, json_file)
+    print(json.dumps({key: value for key, value in report.items() if key != rows}, indent=1))
+    for row in report.get(rows, []):
+        print(*(f"{name} {value}" for name, value in row.items()), sep="  ")
+    if failed:
+        raise SystemExit(f"failed: {failed}")
+    print("all right")

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_report import about_this_run
+from gpu_report import JsonFile, about_this_run
 
 SCRIPTS = (
     "check_w4a16.py",
@@ -102,7 +102,7 @@ def main(
     tool: Annotated[list[str] | None, typer.Option(help="memcheck, racecheck; default both.")] = None,
     seconds: Annotated[int, typer.Option(help="Limit for one run.")] = 240,
     log_folder: Annotated[Path | None, typer.Option("--logs", help="For all that the tools print.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
         raise SystemExit("this check needs a CUDA device and compute-sanitizer")
