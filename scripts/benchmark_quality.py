@@ -1,13 +1,12 @@
-"""What quantization costs on real models: perplexity, distance from bf16, answers, size, recipe by recipe.
+"""What quantization costs on real models: perplexity, distance from bf16 and size, recipe by recipe.
 
     python scripts/benchmark_quality.py --data DATA --json scripts/results/quality.json
 
-DATA holds wikipedia_eval.txt, wikipedia_calibration.txt and the .jsonl files of multiple-choice questions.
-Every recipe is a checkpoint written by `quantize_checkpoint`, loaded and run as users do, in bf16 with fp32
-logits; plain min-max rounding, which users are not offered, is put into the bf16 model as values. The models
-are dequantized GGUF files: what is measured is a second quantization. SmolLM2's weights stem from a group-32
-grid with real-valued minima, which integer zeros, as here, do not rediscover; group 32 is left out all the
-same.
+DATA holds wikipedia_eval.txt and wikipedia_calibration.txt. Every recipe is a checkpoint written by
+`quantize_checkpoint`, loaded and run as users do, in bf16 with fp32 logits; plain min-max rounding, which
+users are not offered, is put into the bf16 model as values. The models are dequantized GGUF files: what is
+measured is a second quantization. SmolLM2's weights stem from a group-32 grid with real-valued minima, which
+integer zeros, as here, do not rediscover; group 32 is left out all the same.
 """
 
 import json
@@ -34,11 +33,10 @@ from hf_hadacore import HadaCoreConfig
 from hf_hadacore.calibration import Calibration
 from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.evaluate import compare, encode, paired_difference
-from hf_hadacore.evaluation_report import answer_questions, device_name, task_entry
 from hf_hadacore.evaluation_report import as_json as estimate_as_json
+from hf_hadacore.evaluation_report import device_name
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.layer_plan import plan_layers
-from hf_hadacore.multiple_choice import read_items
 from hf_hadacore.pretrained import load_pretrained
 from hf_hadacore.solvers.rtn import quantization_error, quantize_weight
 
@@ -58,6 +56,7 @@ class Recipe(NamedTuple):
     Attributes:
         method: None for full precision, "min-max", "rtn" or "gptq".
         group_size, act_order, quantize_lm_head, attention: as in `HadaCoreConfig`.
+        rotation: as in `quantize_checkpoint`.
     """
 
     method: str | None
@@ -65,6 +64,7 @@ class Recipe(NamedTuple):
     act_order: bool | str = False
     quantize_lm_head: bool = False
     attention: str | None = None
+    rotation: str = "none"
 
     @property
     def name(self) -> str:
@@ -73,8 +73,8 @@ class Recipe(NamedTuple):
         if self.method is not None:
             kind = {"min-max": "min-max", "rtn": "searched", "gptq": ACT_ORDERS[self.act_order]}[self.method]
             parts = ["asymmetric", f"group {self.group_size}", kind]
-        head = ["int4 head"] if self.quantize_lm_head else []
-        return ", ".join([*parts, *head, *([f"{self.attention} attention"] if self.attention else [])])
+        parts += ["rotated"] * (self.rotation != "none") + ["int4 head"] * self.quantize_lm_head
+        return ", ".join([*parts, *([f"{self.attention} attention"] if self.attention else [])])
 
     @property
     def weights(self) -> "Recipe":
@@ -89,6 +89,7 @@ class Recipe(NamedTuple):
             "gain_over_minmax": Recipe("min-max", self.group_size),
             "gain_over_searched": Recipe("rtn", self.group_size),
             "gain_over_gptq": Recipe("gptq", self.group_size),
+            "gain_over_act_order": Recipe("gptq", self.group_size, "static"),
         }
         return dict(takewhile(lambda step: step[1] != self, plain.items()))
 
@@ -101,6 +102,7 @@ RECIPES = [
             Recipe("min-max", group_size),
             Recipe("rtn", group_size),
             *(Recipe("gptq", group_size, act_order) for act_order in ACT_ORDERS),
+            Recipe("gptq", group_size, "static", rotation="r1r2"),
         )
     ),
     Recipe("rtn", 64, quantize_lm_head=True),
@@ -121,8 +123,6 @@ class Options(NamedTuple):
     device: str
     dtype: str
     windows: int
-    questions: bool
-    limit: int | None
     samples: int
     sequence_length: int
 
@@ -142,7 +142,12 @@ def quantize(recipe: Recipe, src: Path, dst: Path, options: Options) -> dict[str
     calibration = Calibration(options.data / CALIBRATION, options.samples, options.sequence_length)
     start = time.perf_counter()
     report = quantize_checkpoint(
-        src, dst, config, device=options.device, calibration=calibration if recipe.method == "gptq" else None
+        src,
+        dst,
+        config,
+        device=options.device,
+        calibration=calibration if recipe.method == "gptq" else None,
+        rotation=recipe.rotation,
     )
     seconds = time.perf_counter() - start
     errors = [layer["relative_error"] for layer in report["layers"]]
@@ -218,8 +223,6 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     """Every recipe on one model."""
     start = time.perf_counter()
     src = export_checkpoint(name, options.work / name)
-    files = sorted(options.data.glob("*.jsonl")) if options.questions else []
-    tasks = {file.stem: read_items(file)[: options.limit] for file in files}
     baseline, tokenizer = load(src, options)
     ids, bos = encode(tokenizer, (options.data / TEXT).read_text("utf-8"))
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
@@ -234,9 +237,8 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         progress=True,
     )
     results = dict(zip(models, found, strict=True))
-    right = {task: answer_questions(baseline, tokenizer, items) for task, items in tasks.items()}
     rows = []
-    for recipe, (model, facts) in models.items():
+    for recipe, (_, facts) in models.items():
         nll = results[recipe].perplexity
         row: dict[str, Any] = {
             **recipe._asdict(),
@@ -253,10 +255,6 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         full_head = recipe._replace(quantize_lm_head=False)
         if recipe.quantize_lm_head and full_head in results:
             row["cost_of_int4_head"] = as_json(paired_difference(nll, results[full_head].perplexity))
-        row["tasks"] = {
-            task: task_entry([answer_questions(model, tokenizer, items), right[task]])
-            for task, items in tasks.items()
-        }
         rows.append(row)
         print(f"{name}: {describe(row)}", flush=True)
     return {
@@ -265,7 +263,6 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         "tokens": expected.token_nll.numel(),
         "baseline_perplexity": round(expected.perplexity, 3),
         "baseline_bytes": inspect_checkpoint(src)["bytes"],
-        "baseline_tasks": {task: task_entry([answers]) for task, answers in right.items()},
         "recipes": rows,
         "seconds": round(time.perf_counter() - start),
     }
@@ -274,11 +271,10 @@ def measure(name: str, options: Options) -> dict[str, Any]:
 def describe(row: dict[str, Any]) -> str:
     """A row of the report on a line."""
     change = row["over_baseline"]
-    answers = " ".join(f"{task['metrics']['acc']['value']:.3f}" for task in row["tasks"].values())
     return (
         f"{row['recipe']:58} perplexity {row['perplexity']:7.3f} "
         f"({change['nll']:+.4f} ± {change['standard_error']:.4f})  KL {row['kl']['value']:.4f}  "
-        f"top-1 {row['top1_agreement']['value']:.3f}  answers {answers}"
+        f"top-1 {row['top1_agreement']['value']:.3f}"
     )
 
 
@@ -291,8 +287,6 @@ def main(
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
     ] = None,
-    questions: Annotated[bool, typer.Option(help="Multiple choice, which takes most of the time.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
     work: Annotated[
@@ -310,10 +304,9 @@ def main(
     if not recipes:
         raise typer.BadParameter(f"{only!r} matches no recipe", param_hint="--only")
     windows = windows or WINDOWS[torch.device(device).type]
-    options = Options(data, work, recipes, device, dtype, windows, questions, limit, samples, sequence_length)
+    options = Options(data, work, recipes, device, dtype, windows, samples, sequence_length)
     command = [f"--samples {samples} --sequence-length {sequence_length} --windows {windows} --dtype {dtype}"]
-    command += [f"--only '{only}'"] * bool(only) + [f"--limit {limit}"] * bool(limit)
-    command += ["--no-questions"] * (not questions)
+    command += [f"--only '{only}'"] * bool(only)
     report: dict[str, Any] = {
         "command": " ".join(["python scripts/benchmark_quality.py --data DATA", *command]),
         "date": datetime.now(UTC).date().isoformat(),
