@@ -5,12 +5,12 @@ Importing this package registers the "hadacore" quantization method and attentio
 
 from . import compat, errors
 from ._version import __version__
-from .attention import quantized_attention
+from .attention.functional import quantized_attention
+from .attention.kv_cache import HadaCoreCache, use_quantized_caches
 from .config import QUANT_METHOD, HadaCoreConfig
 from .kernels.hadamard import hadamard_transform
 from .kernels.rotate_quantize import rotate_quantize
-from .kv_cache import HadaCoreCache, use_quantized_caches
-from .linear import HadaCoreLinear
+from .modules.linear import HadaCoreLinear
 from .quantizer import HadaCoreHfQuantizer
 
 __all__ = [

@@ -55,7 +55,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
             scale. "gptq" needs calibration data: quantize offline (`hadacore quantize`).
         act_order: the order in which "gptq" quantizes columns. False: as they are. "static": by falling
             activation energy, in groups of neighbours as without. "permuted": by falling activation energy,
-            and groups are formed in that order; see `hf_hadacore.tensor_parallel`. True is "static".
+            and groups are formed in that order; see `hf_hadacore.parallel.permutation`. True is "static".
         attention: 8-bit attention and key/value cache, "fp8" or "int8-fp8", unless `from_pretrained` is given
             an `attn_implementation`. May be set when loading a checkpoint that was saved without. None keeps
             the model's (or checkpoint's) attention.
@@ -73,7 +73,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         input_permutations: regexes (as in `overrides`) of the modules whose columns are stored in an order of
             their own, which the checkpoint holds as `input_perm`; written for you.
         cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
-            `hf_hadacore.generation`). `generate(disable_compile=True)` turns them off for one call.
+            `hf_hadacore.decoding.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.
         quant_method: always "hadacore"; written for you.
 

@@ -13,7 +13,7 @@ import torch
 from .architecture import read_config_file
 from .int4 import NIBBLES_PER_WORD
 from .integrity import TensorInfo, checkpoint_files, verify_files
-from .staging import REPORT_NAME
+from .offline.staging import REPORT_NAME
 
 _LISTED = 12
 _KINDS = ("int4 weights", "scales", "zeros", "full precision")

@@ -10,7 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from . import int4
 from .config import HadaCoreConfig, LayerSpec
 from .errors import ConfigError
-from .experts import expert_projections, projection_shape
+from .modules.experts import expert_projections, projection_shape
 
 # A router beside fused experts decides which experts run: tiny, and sensitive.
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")

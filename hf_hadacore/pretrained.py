@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architecture import read_config_file
-from .checkpoint import find_source
+from .attention.kv_layer import ATTENTION_NAMES
 from .errors import CheckpointError, ConfigError, HadaCoreError
 from .integrity import checkpoint_files, verify_files
-from .kv_layer import ATTENTION_NAMES
+from .offline.checkpoint import find_source
 
 
 def load_pretrained(

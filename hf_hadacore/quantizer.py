@@ -8,17 +8,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat, int4, integrity
-from .compile_ahead import compile_ahead
+from .attention.kv_layer import ATTENTION_NAMES
 from .config import HadaCoreConfig
+from .decoding.compile_ahead import compile_ahead
+from .decoding.generation import disable_cuda_graphs, enable_cuda_graphs
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
-from .experts import HadaCoreExperts, dequantize_experts, swap_experts
-from .fusion import fuse, joined_layers, unfuse
-from .generation import disable_cuda_graphs, enable_cuda_graphs
-from .kv_layer import ATTENTION_NAMES
+from .fusion.fuse import fuse, joined_layers, unfuse
 from .layer_plan import LayerPlan, plan_layers
-from .linear import HadaCoreLinear
+from .modules.experts import HadaCoreExperts, dequantize_experts, swap_experts
+from .modules.linear import HadaCoreLinear
+from .parallel.tensor_parallel import complete_plan, keep_local, tensor_parallel_size
 from .solvers.rtn import quantize_weight
-from .tensor_parallel import complete_plan, keep_local, tensor_parallel_size
 
 logger = logging.get_logger(__name__)
 

@@ -23,9 +23,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_hadacore
-from hf_hadacore.attention import quantized_attention
-from hf_hadacore.attention_interface import interval_mask
-from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.attention.functional import quantized_attention
+from hf_hadacore.attention.interface import interval_mask
+from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_difference, perplexity
 
 NAME = "attention-benchmark"
 CONTEXT = 1024

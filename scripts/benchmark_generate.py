@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.generation import disable_cuda_graphs, enable_cuda_graphs
+from hf_hadacore.decoding.generation import disable_cuda_graphs, enable_cuda_graphs
 from hf_hadacore.quantizer import HadaCoreHfQuantizer
 
 RESULT = Path(__file__).parent / "results" / "generate.json"

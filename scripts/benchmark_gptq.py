@@ -21,11 +21,12 @@ import typer
 from benchmark_offline_memory import VOCABULARY, make_checkpoint, peak_memory
 from gpu_report import about_this_run, write_report
 
-from hf_hadacore import HadaCoreConfig, layer_solver
-from hf_hadacore.calibrated import CalibratedSource
-from hf_hadacore.checkpoint import quantize_checkpoint
-from hf_hadacore.decoder import Activations
-from hf_hadacore.shard_writer import ShardWriter
+from hf_hadacore import HadaCoreConfig
+from hf_hadacore.offline import layer_solver
+from hf_hadacore.offline.calibrated import CalibratedSource
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.decoder import Activations
+from hf_hadacore.offline.shard_writer import ShardWriter
 
 LAYERS_OF_8B = 32
 # Parts of the work on one layer. GPTQ itself is called by solve_weight, which does little else.

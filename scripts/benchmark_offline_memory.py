@@ -26,8 +26,8 @@ import typer
 from safetensors.torch import save_file
 
 from hf_hadacore import HadaCoreConfig, __version__
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.integrity import INDEX_NAME, checkpoint_files, verify_files
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "offline_memory.json"
 FACTOR = 4

@@ -30,13 +30,13 @@ from transformers import PreTrainedModel
 
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.calibration import Calibration
-from hf_hadacore.checkpoint import quantize_checkpoint
-from hf_hadacore.evaluate import compare, encode, paired_difference
-from hf_hadacore.evaluation_report import as_json as estimate_as_json
-from hf_hadacore.evaluation_report import device_name
+from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
+from hf_hadacore.evaluation.report import as_json as estimate_as_json
+from hf_hadacore.evaluation.report import device_name
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.layer_plan import plan_layers
+from hf_hadacore.offline.calibration import Calibration
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.pretrained import load_pretrained
 from hf_hadacore.solvers.rtn import quantization_error, quantize_weight
 

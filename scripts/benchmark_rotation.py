@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.calibration import Calibration
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import UnsupportedError
-from hf_hadacore.evaluate import Perplexity, encode, paired_difference, perplexity
-from hf_hadacore.evaluation_report import device_name
+from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.evaluation.report import device_name
+from hf_hadacore.offline.calibration import Calibration
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.rotation_search import rotate_model
+from hf_hadacore.offline.weight_rotation import ROTATIONS
 from hf_hadacore.pretrained import load_pretrained
-from hf_hadacore.rotation_search import rotate_model
-from hf_hadacore.weight_rotation import ROTATIONS
 
 CALIBRATION_SHARE = 0.8
 

@@ -22,8 +22,9 @@ from benchmark_generate import captured_graph, llama_8b, make_model, print_kerne
 from gpu_report import JsonFile, about_this_run, write_report
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from hf_hadacore import HadaCoreCache, decode_cache
-from hf_hadacore.generation import enable_cuda_graphs
+from hf_hadacore import HadaCoreCache
+from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.decoding.generation import enable_cuda_graphs
 from hf_hadacore.kernels import attention
 from hf_hadacore.kernels.measure import copy_bandwidth
 

@@ -33,13 +33,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_hadacore import int4
-from hf_hadacore.experts import HadaCoreExperts, dequantize_experts, swap_experts
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels.measure import copy_bandwidth, graph_time
 from hf_hadacore.kernels.w4a16_experts import choose_schedule, launch, slots_by_expert
 from hf_hadacore.kernels.w4a16_launch import processors_of
 from hf_hadacore.kernels.w4a16_schedules import PrefillSchedule, Schedule, SkinnySchedule, WideSchedule
 from hf_hadacore.kernels.w4a16_tiles import to_tiles
+from hf_hadacore.modules.experts import HadaCoreExperts, dequantize_experts, swap_experts
 
 VARIANTS = 28
 CASES_OF_A_VARIANT = 6

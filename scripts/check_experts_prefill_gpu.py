@@ -41,11 +41,11 @@ from gpu_report import about_this_run, write_report
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from hf_hadacore import int4
-from hf_hadacore.experts import HadaCoreExperts
 from hf_hadacore.kernels.measure import copy_bandwidth, graph_time
 from hf_hadacore.kernels.w4a16_experts import choose_schedule, launch
 from hf_hadacore.kernels.w4a16_launch import processors_of
 from hf_hadacore.kernels.w4a16_schedules import GROUPED_TIMES, WideSchedule
+from hf_hadacore.modules.experts import HadaCoreExperts
 
 KINDS = tuple(GROUPED_TIMES)
 VARIANTS = 2 * len(KINDS)

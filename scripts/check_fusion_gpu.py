@@ -26,7 +26,7 @@ from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 from transformers import DynamicCache, StaticCache
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
-from hf_hadacore.fusion import fuse, unfuse
+from hf_hadacore.fusion.fuse import fuse, unfuse
 from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation, gated_activation_reference
 from hf_hadacore.kernels.measure import graph_time
 from hf_hadacore.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference

@@ -22,9 +22,10 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
-from hf_hadacore import HadaCoreConfig, decode_cache
-from hf_hadacore.decode_graph import CudaCapture
-from hf_hadacore.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
+from hf_hadacore import HadaCoreConfig
+from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.decoding.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
+from hf_hadacore.decoding.graph import CudaCapture
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny_models import MOE, make_model, token_ids

@@ -37,10 +37,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig
-from hf_hadacore.generation import enable_cuda_graphs
-from hf_hadacore.one_shot import use_one_shot_all_reduce
+from hf_hadacore.decoding.generation import enable_cuda_graphs
+from hf_hadacore.offline.shard_writer import plan_shards
+from hf_hadacore.parallel.one_shot import use_one_shot_all_reduce
 from hf_hadacore.quantizer import HadaCoreHfQuantizer
-from hf_hadacore.shard_writer import plan_shards
 
 ATTENTION = {"bf16": "sdpa", "8-bit": "hadacore-int8-fp8"}
 FORMS = ("bf16", "int4")

@@ -21,12 +21,12 @@ from real_models import MODELS, export_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.commands.generate import generate
 from hf_hadacore.errors import HadaCoreError
-from hf_hadacore.evaluate import Estimate, Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.evaluation.perplexity import Estimate, Perplexity, encode, paired_difference, perplexity
 from hf_hadacore.inspection import format_size, inspect_checkpoint
-from hf_hadacore.staging import PARTIAL_SUFFIX
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.staging import PARTIAL_SUFFIX
 
 MODEL = "smollm2-135m"
 GROUP_SIZE = 64

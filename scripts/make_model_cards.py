@@ -8,9 +8,9 @@ from typing import Annotated, NamedTuple
 import typer
 from real_models import MODELS
 
-from hf_hadacore.hub import files_to_push
-from hf_hadacore.model_card import CARD_NAME, EVALUATION_PATTERN, render_card
-from hf_hadacore.staging import REPORT_NAME
+from hf_hadacore.offline.staging import REPORT_NAME
+from hf_hadacore.publishing.hub import files_to_push
+from hf_hadacore.publishing.model_card import CARD_NAME, EVALUATION_PATTERN, render_card
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

@@ -8,7 +8,7 @@ from tiny_models import VOCAB_SIZE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_hadacore.multiple_choice import Item
+from hf_hadacore.evaluation.multiple_choice import Item
 
 
 def word_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -11,8 +11,8 @@ from tiny_models import make_model
 from typer.testing import CliRunner, Result
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.cli import app
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 
 def run(*arguments: object) -> Result:

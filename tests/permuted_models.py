@@ -4,8 +4,13 @@ import torch
 from torch import nn
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
+from hf_hadacore.parallel.tensor_parallel import (
+    PermutationGroup,
+    permutation_groups,
+    permute_inputs,
+    permute_outputs,
+)
 from hf_hadacore.solvers.rtn import quantize_weight
-from hf_hadacore.tensor_parallel import PermutationGroup, permutation_groups, permute_inputs, permute_outputs
 
 
 def random_order(group: PermutationGroup, k: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from attention_exact import DISTRIBUTIONS, E4M3, Problem, exact_attention, make_
 from check_rotate_quantize_gpu import exact_rotation
 
 from hf_hadacore import quantized_attention
-from hf_hadacore.attention_operands import HEAD_DIMS
+from hf_hadacore.attention.operands import HEAD_DIMS
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.kernels.attention import interleave_tokens
 

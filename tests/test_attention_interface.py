@@ -19,8 +19,9 @@ from transformers.masking_utils import (
 )
 from varied_models import varied_model
 
-from hf_hadacore import HadaCoreCache, HadaCoreConfig, attention_interface
-from hf_hadacore.attention_interface import attention_forward, interval_mask, plain_window
+from hf_hadacore import HadaCoreCache, HadaCoreConfig
+from hf_hadacore.attention import interface as attention_interface
+from hf_hadacore.attention.interface import attention_forward, interval_mask, plain_window
 from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix
 

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.calibrated import CalibratedSource
-from hf_hadacore.checkpoint import quantize_checkpoint
-from hf_hadacore.decoder import Decoder
 from hf_hadacore.errors import CalibrationError, ConfigError, QuantizationError, UnsupportedError
 from hf_hadacore.int4 import Int4Weight
+from hf_hadacore.offline.calibrated import CalibratedSource
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.decoder import Decoder
 from hf_hadacore.solvers.act_order import falling_diagonal
 from hf_hadacore.solvers.gptq import gptq_quantize
 from hf_hadacore.solvers.hessian import Hessian
@@ -98,7 +98,7 @@ def test_hidden_states_from_disk_are_those_of_the_loaded_model(tmp_path: Path, n
 
 def test_samples_in_several_batches(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(src, tmp_path / "one")
-    monkeypatch.setattr("hf_hadacore.decoder._BATCH_TOKENS", 5 * 32)
+    monkeypatch.setattr("hf_hadacore.offline.decoder._BATCH_TOKENS", 5 * 32)
     quantize(src, tmp_path / "several")
     one, several = stored(tmp_path / "one"), stored(tmp_path / "several")
     assert one.keys() == several.keys()
@@ -186,7 +186,7 @@ def first_experts(model: PreTrainedModel, dst: Path) -> tuple[nn.Module, nn.Modu
 def test_experts_equal_the_solver_called_by_hand(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_hadacore.expert_solver._FEWEST_TOKENS", 1)
+    monkeypatch.setattr("hf_hadacore.offline.expert_solver._FEWEST_TOKENS", 1)
     model = save(name, tmp_path / "src")
     quantize(tmp_path / "src", tmp_path / "dst")
     experts, loaded = first_experts(model, tmp_path / "dst")
@@ -214,7 +214,7 @@ def test_experts_equal_the_solver_called_by_hand(
 def test_experts_that_few_tokens_chose_are_rounded_to_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_hadacore.expert_solver._FEWEST_TOKENS", 10**6)
+    monkeypatch.setattr("hf_hadacore.offline.expert_solver._FEWEST_TOKENS", 10**6)
     model = save("mixtral", tmp_path / "src")
     report = quantize(tmp_path / "src", tmp_path / "dst")
     name = "model.layers.0.mlp.experts.gate_up_proj"

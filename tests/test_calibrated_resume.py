@@ -12,8 +12,8 @@ import torch
 from test_calibrated import quantize, recipe, sample_tokens, save
 from test_checkpoint import check_nothing_half_made_loads, digests, fail_at_call
 
-from hf_hadacore.calibrated import CalibratedSource
 from hf_hadacore.errors import CheckpointError
+from hf_hadacore.offline.calibrated import CalibratedSource
 
 OPTIONS: dict[str, Any] = {"calibration": sample_tokens(6, 16), "max_shard_size": "20KB", "resume": True}
 KILLS = 24

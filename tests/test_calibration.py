@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_tokenizer import make_tokenizer
 
-from hf_hadacore.calibration import Calibration, calibration_tokens, digest, load_tokenizer
 from hf_hadacore.errors import CalibrationError
+from hf_hadacore.offline.calibration import Calibration, calibration_tokens, digest, load_tokenizer
 
 
 def words(*numbers: int) -> str:

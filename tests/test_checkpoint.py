@@ -27,12 +27,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_hadacore import HadaCoreConfig, checkpoint, shard_writer
-from hf_hadacore.checkpoint import quantize_checkpoint
+from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import CheckpointError, ConfigError, QuantizationError
 from hf_hadacore.integrity import checkpoint_files, verify_files
-from hf_hadacore.layer_record import relative_error
-from hf_hadacore.streaming import SourceModel
+from hf_hadacore.offline import checkpoint, shard_writer
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.layer_record import relative_error
+from hf_hadacore.offline.streaming import SourceModel
 
 RECIPES = {
     "default": HadaCoreConfig(),
@@ -210,7 +211,7 @@ def test_relative_error_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = quantize_weight(value, group_size=32, symmetric=False)
     expected = float((weight.dequantize() - value).norm() / value.norm())
     assert relative_error(value, weight) == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr("hf_hadacore.layer_record._ERROR_CHUNK_ELEMENTS", 80)
+    monkeypatch.setattr("hf_hadacore.offline.layer_record._ERROR_CHUNK_ELEMENTS", 80)
     assert relative_error(value, weight) == pytest.approx(expected, rel=1e-6)
     zeros = torch.zeros(2, 40)
     assert relative_error(zeros, quantize_weight(zeros, group_size=32, symmetric=True)) == 0

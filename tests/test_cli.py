@@ -12,8 +12,9 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
-from hf_hadacore import HadaCoreCache, __version__, checkpoint
+from hf_hadacore import HadaCoreCache, __version__
 from hf_hadacore.cli import app
+from hf_hadacore.offline import checkpoint
 
 runner = CliRunner()
 

@@ -8,16 +8,10 @@ from tiny_models import MOE, TINY_CONFIGS
 from transformers import AutoModelForCausalLM, StaticCache
 
 pytest.importorskip("triton")
-from hf_hadacore import (
-    HadaCoreCache,
-    HadaCoreConfig,
-    HadaCoreLinear,
-    compile_ahead,
-    decode_attention,
-    tile_order,
-)
-from hf_hadacore.experts import HadaCoreExperts
-from hf_hadacore.fusion import fuse, joined_layers
+from hf_hadacore import HadaCoreCache, HadaCoreConfig, HadaCoreLinear
+from hf_hadacore.attention import decode as decode_attention
+from hf_hadacore.decoding import compile_ahead
+from hf_hadacore.fusion.fuse import fuse, joined_layers
 from hf_hadacore.kernels import (
     attention,
     attention_triton,
@@ -36,6 +30,8 @@ from hf_hadacore.kernels import (
     w4a16_tiled,
 )
 from hf_hadacore.kernels.w4a16_tiles import is_tileable
+from hf_hadacore.modules import tile_order
+from hf_hadacore.modules.experts import HadaCoreExperts
 
 MODULES = (
     attention, attention_triton, compile_ahead, decode_attention, decode_attention_triton, gated_activation,

@@ -12,7 +12,7 @@ from demo import Measured, evaluation_text, measure_decoding, summary
 from real_models import MODELS, RealModel, export_checkpoint
 from tiny_models import make_model
 
-from hf_hadacore.evaluate import Perplexity
+from hf_hadacore.evaluation.perplexity import Perplexity
 
 
 def test_text_is_long_enough_for_the_default_windows() -> None:

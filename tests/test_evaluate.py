@@ -8,9 +8,9 @@ from tiny_models import VOCAB_SIZE, make_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
-from hf_hadacore import evaluate
 from hf_hadacore.errors import EvaluationError
-from hf_hadacore.evaluate import (
+from hf_hadacore.evaluation import perplexity as evaluate
+from hf_hadacore.evaluation.perplexity import (
     Estimate,
     Perplexity,
     compare,

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.cli import app
 from hf_hadacore.errors import CheckpointError, EvaluationError
-from hf_hadacore.evaluate import compare, encode, paired_difference
-from hf_hadacore.evaluation_report import evaluate_checkpoint, read_evaluation
-from hf_hadacore.multiple_choice import multiple_choice
-from hf_hadacore.text_source import read_text
+from hf_hadacore.evaluation.multiple_choice import multiple_choice
+from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
+from hf_hadacore.evaluation.report import evaluate_checkpoint, read_evaluation
+from hf_hadacore.evaluation.text_source import read_text
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 CONTEXT = 16
 

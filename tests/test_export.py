@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from typer.testing import CliRunner
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.cli import app
 from hf_hadacore.errors import CheckpointError, UnsupportedError
-from hf_hadacore.exporting import export_checkpoint
-from hf_hadacore.importing import import_checkpoint
-from hf_hadacore.linear import HadaCoreLinear
+from hf_hadacore.interchange.exporting import export_checkpoint
+from hf_hadacore.interchange.importing import import_checkpoint
+from hf_hadacore.modules.linear import HadaCoreLinear
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 
 def quantized(tmp_path: Path, config: HadaCoreConfig, name: str = "llama") -> Path:

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
-from hf_hadacore.decode_cache import DecodeCache, decode_layers
-from hf_hadacore.fusion import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm, fuse, unfuse
+from hf_hadacore.decoding.cache import DecodeCache, decode_layers
+from hf_hadacore.fusion.fuse import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm, fuse, unfuse
 
 pytestmark = pytest.mark.transformers_versions
 

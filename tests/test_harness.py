@@ -12,11 +12,11 @@ from evaluation_cases import word_tokenizer, write_task
 from tiny_models import make_model
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import EvaluationError
-from hf_hadacore.evaluation_report import evaluate_checkpoint
-from hf_hadacore.harness import run_tasks
-from hf_hadacore.multiple_choice import multiple_choice
+from hf_hadacore.evaluation.harness import run_tasks
+from hf_hadacore.evaluation.multiple_choice import multiple_choice
+from hf_hadacore.evaluation.report import evaluate_checkpoint
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the eval extra is not installed")
 
@@ -130,7 +130,7 @@ def test_the_command_line_of_lm_eval(quantized: Path, task: Path) -> None:
     root = Path(__file__).parents[1]
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "hf_hadacore.harness", "--model", "hf"),
+            *(sys.executable, "-m", "hf_hadacore.evaluation.harness", "--model", "hf"),
             *("--model_args", f"pretrained={quantized},attn_implementation=hadacore", "--device", "cpu"),
             *("--tasks", "trivia", "--include_path", str(task.parent), "--batch_size", "8"),
         ],

@@ -21,10 +21,10 @@ from tiny_models import make_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import CheckpointError, EvaluationError, HubError
-from hf_hadacore.hub import files_to_push, push
-from hf_hadacore.model_card import card_of, is_generated, write_card
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.publishing.hub import files_to_push, push
+from hf_hadacore.publishing.model_card import card_of, is_generated, write_card
 
 SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
 PUSHED = {

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from hf_hadacore.cli import app
 from hf_hadacore.errors import CheckpointError, UnsupportedError
-from hf_hadacore.importing import import_checkpoint
-from hf_hadacore.packed_source import PackedSource
+from hf_hadacore.interchange.importing import import_checkpoint
+from hf_hadacore.interchange.packed_source import PackedSource
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}

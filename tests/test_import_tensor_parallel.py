@@ -10,7 +10,7 @@ from tiny_models import token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
-from hf_hadacore.importing import import_checkpoint
+from hf_hadacore.interchange.importing import import_checkpoint
 
 RECIPE = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
 

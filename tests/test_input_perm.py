@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.errors import CheckpointError, ConfigError
 from hf_hadacore.kernels import w4a16_tiled
-from hf_hadacore.linear_group import forward_together, products_of
+from hf_hadacore.modules.linear_group import forward_together, products_of
 from hf_hadacore.solvers.rtn import quantize_weight
 
 K, N, GROUP = 256, 128, 64
@@ -86,7 +86,7 @@ def tiles(monkeypatch):
     def prefers(device, n, k, group_size):
         return w4a16_tiled.is_tileable(n, k)
 
-    monkeypatch.setattr("hf_hadacore.tile_order.prefers_tiles", prefers)
+    monkeypatch.setattr("hf_hadacore.modules.tile_order.prefers_tiles", prefers)
 
 
 @torch.no_grad()

@@ -16,13 +16,16 @@ from transformers import (
 )
 from varied_models import LENGTH, left_padded, varied_model
 
-from hf_hadacore import HadaCoreCache, HadaCoreConfig, decode_cache, generation, kv_cache, kv_layer
-from hf_hadacore.decode_cache import Progress
+from hf_hadacore import HadaCoreCache, HadaCoreConfig
+from hf_hadacore.attention import kv_cache, kv_layer
+from hf_hadacore.attention.kv_layer import Cursor, HadaCoreLayer
+from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.decoding import generation
+from hf_hadacore.decoding.cache import Progress
+from hf_hadacore.decoding.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.errors import ConfigError, UnsupportedError
-from hf_hadacore.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.hadamard_matrices import hadamard_matrix
 from hf_hadacore.kernels.attention import deinterleave_tokens
-from hf_hadacore.kv_layer import Cursor, HadaCoreLayer
 
 pytestmark = pytest.mark.transformers_versions
 

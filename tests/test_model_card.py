@@ -15,12 +15,12 @@ from tiny_models import make_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import CheckpointError, EvaluationError
-from hf_hadacore.evaluation_report import evaluate_checkpoint
+from hf_hadacore.evaluation.report import evaluate_checkpoint
 from hf_hadacore.inspection import inspect_checkpoint
-from hf_hadacore.licenses import find_license
-from hf_hadacore.model_card import card_of, is_generated, render_card, write_card
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.publishing.licenses import find_license
+from hf_hadacore.publishing.model_card import card_of, is_generated, render_card, write_card
 
 
 @pytest.fixture(scope="module")

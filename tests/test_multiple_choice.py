@@ -10,10 +10,16 @@ from tiny_models import make_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_hadacore import multiple_choice as module
+from hf_hadacore.attention.kv_cache import HadaCoreCache
 from hf_hadacore.errors import EvaluationError
-from hf_hadacore.kv_cache import HadaCoreCache
-from hf_hadacore.multiple_choice import Item, MultipleChoice, log_likelihoods, multiple_choice, read_items
+from hf_hadacore.evaluation import multiple_choice as module
+from hf_hadacore.evaluation.multiple_choice import (
+    Item,
+    MultipleChoice,
+    log_likelihoods,
+    multiple_choice,
+    read_items,
+)
 
 # Prefixes of 3, 2 and 3 tokens, of one to three choices of one to four tokens.
 ITEMS = [

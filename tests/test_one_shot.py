@@ -10,7 +10,8 @@ from tiny_models import token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
-from hf_hadacore import HadaCoreConfig, one_shot
+from hf_hadacore import HadaCoreConfig
+from hf_hadacore.parallel import one_shot
 
 CONFIG = LlamaConfig(
     **dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2),

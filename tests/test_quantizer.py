@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4
 from hf_hadacore.errors import CheckpointError, ConfigError, QuantizationError
-from hf_hadacore.experts import HadaCoreExperts
+from hf_hadacore.modules.experts import HadaCoreExperts
 from hf_hadacore.quantizer import HadaCoreHfQuantizer
 
 pytestmark = pytest.mark.transformers_versions

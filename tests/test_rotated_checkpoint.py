@@ -12,10 +12,10 @@ from tiny_models import VOCAB_SIZE, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.checkpoint import quantize_checkpoint
 from hf_hadacore.errors import CheckpointError, UnsupportedError
-from hf_hadacore.layer_solver import LayerSolver
-from hf_hadacore.rotation_search import rotate_model
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
+from hf_hadacore.offline.layer_solver import LayerSolver
+from hf_hadacore.offline.rotation_search import rotate_model
 
 pytestmark = pytest.mark.transformers_versions
 
@@ -76,7 +76,7 @@ def test_a_tied_pair_of_which_only_the_head_is_stored(tmp_path: Path) -> None:
 def test_resume_refuses_another_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = save(make_model("llama"), tmp_path / "src")
     with monkeypatch.context() as patch:
-        patch.setattr("hf_hadacore.checkpoint._write_small_files", lambda *args: 1 / 0)
+        patch.setattr("hf_hadacore.offline.checkpoint._write_small_files", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(src, tmp_path / "int4", rotation="r2")
     with pytest.raises(CheckpointError, match="rotation"):

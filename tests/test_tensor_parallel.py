@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 from transformers.distributed import DistributedConfig
 
 from hf_hadacore import HadaCoreConfig, HadaCoreHfQuantizer, HadaCoreLinear
+from hf_hadacore.decoding.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.errors import ConfigError, ShardingError, UnsupportedError
-from hf_hadacore.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.layer_plan import plan_layers
+from hf_hadacore.parallel.tensor_parallel import complete_plan
 from hf_hadacore.quantizer import swap_modules
-from hf_hadacore.tensor_parallel import complete_plan
 
 # Sums of fp32 products in another order: of what each rank has, then of the ranks.
 TOLERANCE = 1e-5

@@ -4,10 +4,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_hadacore import tune as tuning
 from hf_hadacore.cli import app
 from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.kernels import w4a16_schedules as schedules
+from hf_hadacore.kernels import w4a16_tune as tuning
 
 
 class FakeProblem:

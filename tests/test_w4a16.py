@@ -163,7 +163,8 @@ def test_layer_takes_each_path(monkeypatch):
     calls = []
     real = w4a16_cpu.w4a16_decode_cpu
     monkeypatch.setattr(
-        "hf_hadacore.linear.w4a16_decode_cpu", lambda *args: calls.append(args[0].shape) or real(*args)
+        "hf_hadacore.modules.linear.w4a16_decode_cpu",
+        lambda *args: calls.append(args[0].shape) or real(*args),
     )
     layer = HadaCoreLinear.from_linear(torch.nn.Linear(64, 48).bfloat16(), HadaCoreConfig(group_size=32))
     x = torch.randn(w4a16_cpu.MAX_DECODE_TOKENS, 64).bfloat16()

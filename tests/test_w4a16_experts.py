@@ -17,13 +17,14 @@ from torch import nn
 from torch.library import opcheck
 from transformers import AutoModelForCausalLM
 
-from hf_hadacore import HadaCoreConfig, int4, tile_order
+from hf_hadacore import HadaCoreConfig, int4
 from hf_hadacore.errors import FormatError, UnsupportedError
-from hf_hadacore.experts import HadaCoreExperts, dequantize_experts
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels import w4a16_schedules as schedules
 from hf_hadacore.kernels.w4a16_experts import choose_schedule, w4a16_experts
 from hf_hadacore.kernels.w4a16_tiles import is_tileable, to_tiles
+from hf_hadacore.modules import tile_order
+from hf_hadacore.modules.experts import HadaCoreExperts, dequantize_experts
 
 EXPERTS, OUTPUTS, INPUTS = 4, 128, 256
 TESTS = Path(__file__).parent

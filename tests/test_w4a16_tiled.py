@@ -11,13 +11,14 @@ from kernel_helpers import exact_product, in_floors, random_weight
 from torch import nn
 from torch.library import opcheck
 
-from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4, tile_order
+from hf_hadacore import HadaCoreConfig, HadaCoreLinear, int4
 from hf_hadacore.errors import ConfigError, FormatError
 from hf_hadacore.kernels import w4a16_schedules as schedules
 from hf_hadacore.kernels import w4a16_tiles
 from hf_hadacore.kernels.w4a16_tiled import prefers_tiles, w4a16_tiled
 from hf_hadacore.kernels.w4a16_tiles import from_tiles, to_tiles
-from hf_hadacore.linear_group import forward_together
+from hf_hadacore.modules import tile_order
+from hf_hadacore.modules.linear_group import forward_together
 
 
 def tiled_weight(n: int, k: int, group_size: int, symmetric: bool, dtype: torch.dtype):

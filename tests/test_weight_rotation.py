@@ -17,11 +17,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_hadacore import rotation_search
 from hf_hadacore.errors import ConfigError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix
-from hf_hadacore.rotation_search import plan_rotation, rotate_model
-from hf_hadacore.weight_rotation import AxisRotation, ParameterChange, WeightRotation
+from hf_hadacore.offline import rotation_search
+from hf_hadacore.offline.rotation_search import plan_rotation, rotate_model
+from hf_hadacore.offline.weight_rotation import AxisRotation, ParameterChange, WeightRotation
 
 pytestmark = pytest.mark.transformers_versions
 
@@ -163,7 +163,7 @@ def test_large_tensors_are_rotated_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     plan = WeightRotation("r1", {"w": ParameterChange((AxisRotation(1),))}, {})
     w = torch.randn(50, 64)
     whole = plan.rotate("w", w)
-    monkeypatch.setattr("hf_hadacore.weight_rotation._PART_ELEMENTS", 64 * 7)
+    monkeypatch.setattr("hf_hadacore.offline.weight_rotation._PART_ELEMENTS", 64 * 7)
     torch.testing.assert_close(plan.rotate("w", w), whole)
 
 

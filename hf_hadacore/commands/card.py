@@ -33,7 +33,7 @@ def card(
     ] = False,
 ) -> None:
     """Write the model card of a checkpoint, DIR/README.md, from what was measured."""
-    from ..model_card import write_card
+    from ..publishing.model_card import write_card
 
     file = write_card(
         folder,

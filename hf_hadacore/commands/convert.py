@@ -29,7 +29,7 @@ def import_(
     resume: _Resume = False,
 ) -> None:
     """Convert another library's int4 checkpoint; the weights stay the same, bit for bit."""
-    from ..importing import import_checkpoint
+    from ..interchange.importing import import_checkpoint
 
     with tells_how_to_resume():
         report = import_checkpoint(
@@ -49,7 +49,7 @@ def export(
     resume: _Resume = False,
 ) -> None:
     """Convert a hadacore checkpoint to what serving engines load; the weights stay the same, bit for bit."""
-    from ..exporting import EXPORT_FORMATS, export_checkpoint
+    from ..interchange.exporting import EXPORT_FORMATS, export_checkpoint
 
     if to not in EXPORT_FORMATS:
         raise typer.BadParameter(f"{to!r} is not one of {EXPORT_FORMATS}", param_hint="--format")

@@ -58,7 +58,7 @@ def evaluate(
     import torch
     from transformers.utils import logging
 
-    from ..evaluation_report import describe_evaluation, evaluate_checkpoint
+    from ..evaluation.report import describe_evaluation, evaluate_checkpoint
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise EvaluationError(f"{json_file}: there is no folder {json_file.absolute().parent}")

@@ -32,8 +32,8 @@ def push(
 
     The token is that of `hf auth login` or HF_TOKEN.
     """
-    from ..hub import DEFAULT_MESSAGE
-    from ..hub import push as push_folder
+    from ..publishing.hub import DEFAULT_MESSAGE
+    from ..publishing.hub import push as push_folder
 
     typer.echo(
         push_folder(

@@ -85,12 +85,12 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint on disk, layer by layer."""
     overrides = dict(_parse_override(text) for text in override or ())
-    from ..calibration import Calibration
-    from ..checkpoint import quantize_checkpoint
     from ..config import HadaCoreConfig
-    from ..hub import push as push_folder
-    from ..hub import require_token
     from ..inspection import format_size
+    from ..offline.calibration import Calibration
+    from ..offline.checkpoint import quantize_checkpoint
+    from ..publishing.hub import push as push_folder
+    from ..publishing.hub import require_token
 
     config = HadaCoreConfig(
         method=method,

@@ -21,9 +21,9 @@ def tune(
 ) -> None:
     """Measure the fastest schedules of the int4 kernels on this GPU, for shapes that matter to you."""
     from ..kernels.w4a16_schedules import write_table
-    from ..tune import DEFAULT_TOKENS
-    from ..tune import about as about_this_machine
-    from ..tune import tune as measure
+    from ..kernels.w4a16_tune import DEFAULT_TOKENS
+    from ..kernels.w4a16_tune import about as about_this_machine
+    from ..kernels.w4a16_tune import tune as measure
 
     schedules = measure(
         [_parse_shape(text) for text in shape], tokens or DEFAULT_TOKENS, group_size=group_size

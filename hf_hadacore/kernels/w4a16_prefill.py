@@ -32,13 +32,7 @@ from .w4a16_gluon import (
     words_layout,
     zero_constants,
 )
-from .w4a16_wide import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    UNSPECIALIZED,
-    allocate_ring,
-    produce,
-)
+from .w4a16_wide import CONSUMER_REGISTERS, PRODUCER_REGISTERS, UNSPECIALIZED, allocate_ring, produce
 
 # Nobody can divide by 0. A group with a scale this small adds nothing that an fp32 sum would notice.
 _SMALLEST_SCALE = gl.constexpr(2.0**-64)

@@ -1,0 +1,1 @@
+"""Rotated 8-bit attention, its key/value cache, and their place in transformers."""

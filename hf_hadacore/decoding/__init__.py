@@ -1,0 +1,1 @@
+"""Decoding without waiting for the CPU: one CUDA graph per step inside `generate`."""

@@ -1,0 +1,1 @@
+"""Fewer kernels between the matrix products of a loaded model."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other int4 libraries, read and written."""

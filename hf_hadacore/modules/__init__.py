@@ -1,0 +1,1 @@
+"""The modules that hold int4 weights."""

@@ -1,0 +1,1 @@
+"""Quantizing checkpoints on disk: streamed, calibrated, atomic, resumable."""
