@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
+from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
 from hf_hadacore.evaluation.report import as_json as estimate_as_json
 from hf_hadacore.evaluation.report import device_name
@@ -48,6 +49,7 @@ ACT_ORDERS: dict[bool | str, str] = {
     "static": "GPTQ, act-order",
     "permuted": "GPTQ, act-order, permuted",
 }
+ROTATED = {"r2": ["values rotated"], "r1r2": ["rotated"]}
 
 
 class Recipe(NamedTuple):
@@ -73,7 +75,8 @@ class Recipe(NamedTuple):
         if self.method is not None:
             kind = {"min-max": "min-max", "rtn": "searched", "gptq": ACT_ORDERS[self.act_order]}[self.method]
             parts = ["asymmetric", f"group {self.group_size}", kind]
-        parts += ["rotated"] * (self.rotation != "none") + ["int4 head"] * self.quantize_lm_head
+        parts += ROTATED.get(self.rotation, [])
+        parts += ["int4 head"] * self.quantize_lm_head
         return ", ".join([*parts, *([f"{self.attention} attention"] if self.attention else [])])
 
     @property
@@ -102,7 +105,7 @@ RECIPES = [
             Recipe("min-max", group_size),
             Recipe("rtn", group_size),
             *(Recipe("gptq", group_size, act_order) for act_order in ACT_ORDERS),
-            Recipe("gptq", group_size, "static", rotation="r1r2"),
+            *(Recipe("gptq", group_size, "static", rotation=rotation) for rotation in ROTATED),
         )
     ),
     Recipe("rtn", 64, quantize_lm_head=True),
@@ -197,7 +200,7 @@ def as_json(difference: tuple[float, float]) -> dict[str, float]:
 def make_models(
     src: Path, folder: Path, options: Options
 ) -> dict[Recipe, tuple[PreTrainedModel, dict[str, Any]]]:
-    """The model of every recipe, and what a row says of its weights."""
+    """The model of every recipe that the architecture allows, and what a row says of its weights."""
     made: dict[Recipe, tuple[Path, dict[str, Any]]] = {}
     models = {}
     for recipe in options.recipes:
@@ -206,7 +209,11 @@ def make_models(
             made[weights] = src, {"bits_per_weight": 16, "bytes": inspect_checkpoint(src)["bytes"]}
         elif weights not in made:
             dst = folder / str(len(made))
-            made[weights] = dst, quantize(recipe, src, dst, options)
+            try:
+                made[weights] = dst, quantize(recipe, src, dst, options)
+            except UnsupportedError as error:
+                print(f"{recipe.name}: {error}", flush=True)
+                continue
         checkpoint, facts = made[weights]
         model = load(checkpoint, options, attention=recipe.attention)[0]
         if recipe.method == "min-max":

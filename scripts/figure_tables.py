@@ -9,34 +9,66 @@ def _with_error(difference: dict[str, float]) -> str:
     return f"{difference['nll']:+.3f} ± {difference['standard_error']:.3f}"
 
 
+# What README shows of the recipes; docs/benchmarks.md has all.
+MAIN_RECIPES = (
+    *("min-max", "searched", "GPTQ, act-order", "GPTQ, act-order, rotated"),
+    *("bf16, fp8 attention", "bf16, int8-fp8 attention"),
+)
+
+
+@block
+def quality_summary() -> str:
+    result = read_results("quality")
+    models = list(result["models"].values())
+    by_model = [{recipe["recipe"]: recipe for recipe in model["recipes"]} for model in models]
+    rows: list[list[object]] = []
+    for name, recipe in by_model[0].items():
+        if not any(
+            name in (main, f"asymmetric, group {recipe['group_size']}, {main}") for main in MAIN_RECIPES
+        ):
+            continue
+        cells = [_with_error(found[name]["over_baseline"]) if name in found else "" for found in by_model]
+        rows.append([name, f"{recipe['bits_per_weight']:.2f}", *cells])
+    header = ["nats per token over bf16", "bits per weight", *(model["title"] for model in models)]
+    tokens = " / ".join(f"{model['tokens']:,}" for model in models)
+    baselines = " / ".join(f"{model['baseline_perplexity']:.2f}" for model in models)
+    return (
+        f"{table(header, rows)}\n\nMean ± standard error of paired windows, {tokens} tokens; bf16 perplexity "
+        f"{baselines}. {source(result)}"
+    )
+
+
 @block
 def quality() -> str:
-    return _quality("quality")
-
-
-@block
-def quality_gptq() -> str:
-    return _quality("quality_gptq")
-
-
-def _quality(name: str) -> str:
-    result = read_results(name)
+    result = read_results("quality")
     parts = []
     for model in result["models"].values():
-        rows: list[list[object]] = [["bf16", 16, f"{model['baseline_perplexity']:.2f}", "", ""]]
+        minmax = {r["group_size"]: r["over_baseline"] for r in model["recipes"] if r["method"] == "min-max"}
+        rows: list[list[object]] = [["bf16", 16, f"{model['baseline_perplexity']:.2f}", "", "", "", ""]]
         for recipe in model["recipes"]:
-            gain = recipe.get("gain_over_minmax")
+            loss = recipe["over_baseline"]
+            share = f"{loss['nll'] / minmax[recipe['group_size']]['nll']:.0%}" if recipe["method"] else ""
             rows.append(
                 [
                     recipe["recipe"],
                     f"{recipe['bits_per_weight']:.2f}",
                     f"{recipe['perplexity']:.2f}",
-                    _with_error(recipe["over_baseline"]),
-                    _with_error(gain) if gain else "",
+                    _with_error(loss),
+                    share,
+                    f"{recipe['kl']['value']:.3f}",
+                    f"{recipe['top1_agreement']['value']:.1%}",
                 ]
             )
         title = f"{model['title']} ({model['origin']}; {model['tokens']:,} tokens)"
-        header = [title, "bits per weight", "perplexity", "nats per token over bf16", "gain over min-max"]
+        header = [
+            title,
+            "bits per weight",
+            "perplexity",
+            "nats per token over bf16",
+            "of min-max's",
+            "KL",
+            "top-1",
+        ]
         parts.append(table(header, rows))
         parts += [
             f"An int4 output head costs {_with_error(recipe['cost_of_int4_head'])} nats per token."
