@@ -12,7 +12,7 @@ speed: an int4 checkpoint whose files are holes, which read as zeros and take no
 `from_pretrained` on one GPU and by tensor parallelism, filled with random weights where it lies, and timed in
 `generate` with CUDA graphs, with bf16 attention and with 8-bit attention. The share that collectives take of
 a step is read from a profile of one replay; waiting for the other ranks is part of it. With --one-shot ranks
-are timed again with `hf_hadacore.one_shot`, which is then what the logits are made with, too.
+are timed again with `hf_hadacore.parallel.one_shot`, which is then what the logits are made with, too.
 
 Without a GPU the logits of a tiny model are checked with gloo.
 """
@@ -325,7 +325,7 @@ def main(
     ] = None,
     batches: Annotated[str, typer.Option(help="Separated by commas.")] = "1,16",
     new_tokens: int = 64,
-    one_shot: Annotated[bool, typer.Option(help="Try `hf_hadacore.one_shot`, too.")] = False,
+    one_shot: Annotated[bool, typer.Option(help="Try `hf_hadacore.parallel.one_shot`, too.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     gpus = torch.cuda.device_count()

@@ -104,6 +104,36 @@ def multi_gpu() -> str:
 
 
 @block
+def multi_gpu_speed() -> str:
+    """Decoding of a whole model on one GPU and on several."""
+    result = read_results("multi_gpu_70b")
+    rows = [
+        [
+            f"{place.replace('tp', 'tensor parallel,')} GPUs, {case}"
+            if place != "tp 1"
+            else f"one GPU, {case}",
+            f"{run['memory_gib']:.1f} GiB",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup_over_tp_1']:.2f}x",
+            f"{row['replay_ms']:.2f} ms",
+            f"{row['collectives_share']:.1%}",
+        ]
+        for place, run in result["speed"]["results"].items()
+        for case, row in run.items()
+        if isinstance(row, dict)
+    ]
+    header = [
+        f"{result['shape']}, int4; attention",
+        "weights per GPU",
+        "tokens/s",
+        "over one GPU",
+        "CUDA graph of a step",
+        "share of all-reduces",
+    ]
+    return f"{table(header, rows)}\n\n{source(result)}"
+
+
+@block
 def gptq_time() -> str:
     """Time and memory of GPTQ for an 8B model."""
     result = read_results("gptq")
