@@ -23,7 +23,7 @@ from gpu_report import JsonFile, about_this_run, write_report
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_hadacore import HadaCoreCache
-from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.attention import decode_cache
 from hf_hadacore.decoding.generation import enable_cuda_graphs
 from hf_hadacore.kernels import attention
 from hf_hadacore.kernels.measure import copy_bandwidth

@@ -27,7 +27,7 @@ import torch
 import typer
 from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 
-from hf_hadacore.attention.decode import decode_attention_forward
+from hf_hadacore.attention.decode_attention import decode_attention_forward
 from hf_hadacore.kernels.decode_attention_triton import HEAD_DIMS, choose_splits, launch
 from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
 from hf_hadacore.kernels.rope import rope_into_cache

@@ -23,7 +23,7 @@ import typer
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.attention import decode_cache
 from hf_hadacore.decoding.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
 from hf_hadacore.decoding.graph import CudaCapture
 

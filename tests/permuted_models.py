@@ -4,12 +4,8 @@ import torch
 from torch import nn
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
-from hf_hadacore.parallel.tensor_parallel import (
-    PermutationGroup,
-    permutation_groups,
-    permute_inputs,
-    permute_outputs,
-)
+from hf_hadacore.parallel.permutation import PermutationGroup, permute_inputs, permute_outputs
+from hf_hadacore.parallel.permutation_search import permutation_groups
 from hf_hadacore.solvers.rtn import quantize_weight
 
 

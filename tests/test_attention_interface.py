@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 from varied_models import varied_model
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig
-from hf_hadacore.attention import interface as attention_interface
+from hf_hadacore.attention import interface
 from hf_hadacore.attention.interface import attention_forward, interval_mask, plain_window
 from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix
@@ -366,7 +366,7 @@ def test_other_attention_cannot_read_the_cache(implementation):
 
 def test_a_cache_that_is_not_8bit_is_slow_and_right(monkeypatch):
     messages = []
-    monkeypatch.setattr(attention_interface.logger, "warning_once", messages.append)
+    monkeypatch.setattr(interface.logger, "warning_once", messages.append)
     model = varied_model("llama")
     model.set_attn_implementation("hadacore")
     ids = token_ids(2, 20)

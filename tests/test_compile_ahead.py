@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 pytest.importorskip("triton")
 from hf_hadacore import HadaCoreCache, HadaCoreConfig, HadaCoreLinear
-from hf_hadacore.attention import decode as decode_attention
+from hf_hadacore.attention import decode_attention
 from hf_hadacore.decoding import compile_ahead
 from hf_hadacore.fusion.fuse import fuse, joined_layers
 from hf_hadacore.kernels import (

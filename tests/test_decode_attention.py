@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("triton")
 from offline import compile_for, resources
 
-from hf_hadacore.attention import decode as decode_attention
-from hf_hadacore.attention.decode import decode_attention_forward
+from hf_hadacore.attention import decode_attention
+from hf_hadacore.attention.decode_attention import decode_attention_forward
 from hf_hadacore.kernels import decode_attention_triton
 from hf_hadacore.kernels.decode_attention_triton import block_of, choose_splits, fits
 from hf_hadacore.kernels.launcher import power_of_2

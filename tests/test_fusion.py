@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
-from hf_hadacore.decoding.cache import DecodeCache, decode_layers
+from hf_hadacore.attention.decode_cache import DecodeCache, decode_layers
 from hf_hadacore.fusion.fuse import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm, fuse, unfuse
 
 pytestmark = pytest.mark.transformers_versions

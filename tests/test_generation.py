@@ -21,10 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.attention.decode import decode_attention_forward
-from hf_hadacore.decoding import cache as decode_cache
+from hf_hadacore.attention import decode_cache
+from hf_hadacore.attention.decode_attention import decode_attention_forward
+from hf_hadacore.attention.decode_cache import DecodeCache, DecodeLayer, Progress
 from hf_hadacore.decoding import generation
-from hf_hadacore.decoding.cache import DecodeCache, DecodeLayer, Progress
 from hf_hadacore.decoding.generation import DecodeGraphs, disable_cuda_graphs, enable_cuda_graphs
 
 pytestmark = pytest.mark.transformers_versions

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_hadacore import hadamard_transform
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
-from hf_hadacore.kernels.hadamard import transform_by_products
+from hf_hadacore.kernels.hadamard_products import transform_by_products
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 POWERS = [2**k for k in range(17)] + [2**20]

@@ -17,11 +17,10 @@ from transformers import (
 from varied_models import LENGTH, left_padded, varied_model
 
 from hf_hadacore import HadaCoreCache, HadaCoreConfig
-from hf_hadacore.attention import kv_cache, kv_layer
+from hf_hadacore.attention import decode_cache, kv_cache, kv_layer
+from hf_hadacore.attention.decode_cache import Progress
 from hf_hadacore.attention.kv_layer import Cursor, HadaCoreLayer
-from hf_hadacore.decoding import cache as decode_cache
 from hf_hadacore.decoding import generation
-from hf_hadacore.decoding.cache import Progress
 from hf_hadacore.decoding.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.errors import ConfigError, UnsupportedError
 from hf_hadacore.hadamard_matrices import hadamard_matrix

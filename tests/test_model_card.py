@@ -19,7 +19,7 @@ from hf_hadacore.errors import CheckpointError, EvaluationError
 from hf_hadacore.evaluation.report import evaluate_checkpoint
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
-from hf_hadacore.publishing.licenses import find_license
+from hf_hadacore.offline.licenses import find_license
 from hf_hadacore.publishing.model_card import card_of, is_generated, render_card, write_card
 
 

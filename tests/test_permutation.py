@@ -23,12 +23,8 @@ from hf_hadacore.errors import FormatError
 from hf_hadacore.int4 import Int4Weight
 from hf_hadacore.kernels.w4a16 import w4a16_linear
 from hf_hadacore.modules.experts import HadaCoreExperts, projection_shape, swap_experts
-from hf_hadacore.parallel.tensor_parallel import (
-    PermutationGroup,
-    permutation_groups,
-    permute_inputs,
-    permute_outputs,
-)
+from hf_hadacore.parallel.permutation import PermutationGroup, permute_inputs, permute_outputs
+from hf_hadacore.parallel.permutation_search import permutation_groups
 from hf_hadacore.solvers.rtn import quantize_weight
 
 _SIZES = dict(

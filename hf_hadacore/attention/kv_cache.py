@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from ..decoding.cache import DecodeCache, Progress, layer_windows
 from ..errors import ConfigError, UnsupportedError
+from .decode_cache import DecodeCache, Progress, layer_windows
 from .kv_layer import ATTENTION_NAMES, Cursor, HadaCoreLayer
 from .operands import MODES
 

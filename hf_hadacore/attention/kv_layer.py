@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..decoding.cache import DecodeLayer, Progress
 from ..errors import UnsupportedError
 from ..kernels.attention import BLOCK_SIZE
 from ..kernels.quantize_step import quantize_step_into_cache
+from .decode_cache import DecodeLayer, Progress
 from .operands import VALUE_DTYPE, QuantizedKeyValue, mean_key, pad_heads, padded_size, quantize_key_value
 
 # `attn_implementation` of each mode.
@@ -341,7 +341,7 @@ class HadaCoreLayer(DecodeLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Number of keys that attention sees with `query_length` new tokens, and the first's position.
 
-        In decoding the position is a tensor on the device, which `attention_interface` knows to read.
+        In decoding the position is a tensor on the device, which `interval_mask` knows to read.
         """
         if self.progress.decoding:
             return self.size, self.cursor.first

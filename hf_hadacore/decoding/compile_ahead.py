@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attention.decode_cache import bucket
 from ..attention.kv_cache import attention_mode
 from ..attention.operands import MODES, VALUE_DTYPE, padded_size
 from ..fusion.fuse import FusedAttention, FusedMlp, FusedNorm
@@ -23,7 +24,6 @@ from ..kernels.w4a16_launch import Product, compile_product, processors_of
 from ..modules.experts import HadaCoreExperts
 from ..modules.linear import HadaCoreLinear
 from ..modules.linear_group import products_of
-from .cache import bucket
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # Sizes that the cache of a first call may have: attention is split among more programs the longer it is, up

@@ -21,9 +21,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 
+from ..attention.decode_cache import DecodeCache, decode_layers, layer_windows
 from ..attention.interface import find_intervals
 from ..attention.kv_cache import QuantizedDecodeCache, attention_mode, quantized_layers, quantized_windows
-from .cache import DecodeCache, decode_layers, layer_windows
 from .graph import CudaCapture, Session, UnsupportedInput, run_step
 
 logger = logging.get_logger(__name__)
@@ -351,7 +351,7 @@ def _name_of(module: Any, model: Any) -> str:
 
 def _is_foreign(hook: Callable[..., Any]) -> bool:
     """Whether a forward hook may do more than launch kernels (transformers' record outputs when asked to)."""
-    return not (getattr(hook, "__module__", None) or "").startswith(("transformers.", f"{__package__}."))
+    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils.generic import ModelOutput
 
-from ..attention.decode import decode_attention
+from ..attention.decode_attention import decode_attention
+from ..attention.decode_cache import DecodeCache, DecodeLayer
 from ..kernels.w4a16_launch import counters_of_graph, new_counters
-from .cache import DecodeCache, DecodeLayer
 
 # One per shape of the inputs, and per state of a sliding window; more than a `generate` loop goes through.
 _MAX_GRAPHS = 4

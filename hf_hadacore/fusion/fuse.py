@@ -2,7 +2,7 @@
 
 Written out in torch, the norms, activations, rotations and cache writes of a decoder layer are some thirty
 small kernels, which cost as much as the int4 products of a decode step. `fuse` gives norms, gated MLPs,
-attention and decoder layers whose formula is known (see `fusion_probes`) a forward of a few launches. A
+attention and decoder layers whose formula is known (see `probes`) a forward of a few launches. A
 module keeps its own forward for what the fused one is not made for, decided at each call: training,
 gradients, adapters or hooks on its layers, other dtypes. Parameters, buffers, names and `state_dict` stay.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from ..decoding.cache import DecodeLayer
+from ..attention.decode_cache import DecodeLayer
 from ..kernels.gated_activation import gated_activation
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope, rope_into_cache

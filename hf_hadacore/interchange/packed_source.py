@@ -2,7 +2,7 @@
 
 Groups that act-order has scattered over a row are made contiguous by reordering the row, which `input_perm`
 undoes on the activations. Where the layers before can deliver their outputs in that order, it is baked into
-their rows instead (see `tensor_parallel`), so that nothing is left to do at run time on any number of GPUs.
+their rows instead (see `permutation`), so that nothing is left to do at run time on any number of GPUs.
 """
 
 import json
@@ -28,7 +28,8 @@ from ..modules.experts import expert_projections
 from ..name_patterns import name_patterns
 from ..offline.layer_record import LayerRecord, make_record
 from ..offline.streaming import SourceModel, Unit, check_conversions, take_loaded
-from ..parallel.tensor_parallel import PermutationGroup, permutation_groups, permute_outputs
+from ..parallel.permutation import PermutationGroup, permute_outputs
+from ..parallel.permutation_search import permutation_groups
 from .packed_formats import PackedFormat, group_order, packed_format
 
 _SUFFIXES = ("", "_scale", "_zero")

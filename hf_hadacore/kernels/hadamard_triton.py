@@ -1,6 +1,6 @@
 """Launches the Hadamard transform's Gluon kernels, `hadamard_gluon`, on NVIDIA GPUs with bf16 tensor cores.
 
-Where there are none, `hadamard.transform_by_products` takes their place.
+Where there are none, `hadamard_products` takes their place.
 """
 
 from functools import cache
@@ -11,6 +11,7 @@ import torch
 
 from ..hadamard_matrices import hadamard_matrix
 from . import hadamard_schedules as schedules
+from .hadamard_products import transform_by_products
 from .launcher import has_pdl, pdl_options, run
 from .rotate_quantize_checks import bits_of
 from .w4a16_launch import processors_of
@@ -50,8 +51,6 @@ def launch(
         return
     # Tensor cores add in fp32, but do not round as fp32 sums are rounded: up to 19 floors of error were seen.
     if not _has_kernel(x.device) or out.dtype == torch.float32:
-        from .hadamard import transform_by_products
-
         transform_by_products(x, out, factors=factors, scale=scale, sign=sign, transpose=transpose)
         return
     steps = schedules.steps_of(factors)

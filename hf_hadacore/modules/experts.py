@@ -18,7 +18,7 @@ from ..int4 import Int4Weight
 from ..kernels.w4a16 import w4a16_linear
 from ..kernels.w4a16_experts import slots_by_expert, w4a16_experts
 from ..kernels.w4a16_tiled import w4a16_tiled
-from ..parallel.local_shards import LocalShards
+from .local_shards import LocalShards
 from .tile_order import TileOrdered, may_reorder_weights
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")

@@ -11,8 +11,8 @@ from ..int4 import Int4Weight
 from ..kernels.w4a16 import w4a16_linear
 from ..kernels.w4a16_cpu import MAX_DECODE_TOKENS, CpuPackedWeight, pack_for_cpu, w4a16_decode_cpu
 from ..kernels.w4a16_tiled import w4a16_tiled
-from ..parallel.local_shards import LocalShards
 from ..solvers.rtn import quantize_weight
+from .local_shards import LocalShards
 from .tile_order import TileOrdered, may_reorder_weights
 
 if TYPE_CHECKING:

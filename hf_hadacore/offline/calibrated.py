@@ -17,7 +17,7 @@ from ..errors import CalibrationError, ConfigError
 from ..int4 import Int4Weight
 from ..layer_plan import plan_layers
 from ..modules.experts import expert_projections
-from ..parallel.tensor_parallel import permutation_groups
+from ..parallel.permutation_search import permutation_groups
 from .calibrated_weight import DAMPING, natural_values
 from .calibration import Calibration, calibration_tokens, digest, load_tokenizer
 from .column_orders import ColumnOrders

@@ -23,10 +23,10 @@ from ..config import HadaCoreConfig
 from ..errors import CheckpointError
 from ..integrity import TensorInfo
 from ..layer_plan import LayerPlan
-from ..publishing.licenses import find_license
 from .calibrated import open_source
 from .calibration import Calibration
 from .layer_record import LayerRecord
+from .licenses import find_license
 from .shard_writer import Journal, ShardPlan, ShardWriter, plan_shards
 from .staging import COPIED_NAMES, COPIED_SUFFIXES, Staging, digest_of_weights
 from .streaming import Unit

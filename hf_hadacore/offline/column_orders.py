@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..name_patterns import name_patterns
-from ..parallel.tensor_parallel import PermutationGroup
+from ..parallel.permutation import PermutationGroup
 from ..solvers.act_order import falling_diagonal
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..config import LayerSpec
 from ..int4 import Int4Weight
 from ..modules.experts import expert_projections
-from ..parallel.tensor_parallel import permute_outputs
+from ..parallel.permutation import permute_outputs
 from ..solvers.hessian import Hessian
 from .calibrated_weight import InputStatistics, SolvedWeight, record_weight, solve_weight
 from .column_orders import ColumnOrders

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import LayerSpec
 from ..int4 import Int4Weight
 from ..layer_plan import LayerPlan
-from ..parallel.tensor_parallel import permute_outputs
+from ..parallel.permutation import permute_outputs
 from ..solvers.hessian import Hessian
 from .calibrated_weight import InputStatistics, SolvedWeight, record_weight, solve_weight
 from .column_orders import ColumnOrder, ColumnOrders

@@ -20,19 +20,6 @@ from .. import compat, int4
 from ..errors import ShardingError, UnsupportedError
 from ..modules.experts import HadaCoreExperts
 from ..modules.linear import HadaCoreLinear
-from .permutation import PermutationGroup, permute_inputs, permute_outputs
-from .permutation_search import permutation_groups
-
-__all__ = [
-    "PermutationGroup",
-    "check_inputs",
-    "complete_plan",
-    "keep_local",
-    "permutation_groups",
-    "permute_inputs",
-    "permute_outputs",
-    "tensor_parallel_size",
-]
 
 _MAX_RANKS_LISTED = 64
 

@@ -16,8 +16,8 @@ from ..config import HadaCoreConfig
 from ..errors import CheckpointError, EvaluationError
 from ..evaluation.report import evaluation_rows, read_evaluation
 from ..inspection import format_size
+from ..offline.licenses import find_license
 from ..offline.staging import REPORT_NAME
-from .licenses import find_license
 
 CARD_NAME = "README.md"
 EVALUATION_PATTERN = "evaluation*.json"
