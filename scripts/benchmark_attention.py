@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from check_hadamard_gpu import in_processes
-from gpu_report import JsonFile, about_this_run, write_report
+from gpu_processes import in_processes
+from gpu_report import JsonFile, about_this_run, require_gpu, write_report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_hadacore import quantized_attention, rotate_quantize
@@ -275,8 +275,7 @@ def main(
     kernel: Annotated[str | None, typer.Option(help="Only attention_triton, say.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+    require_gpu()
     if kernel is not None:
         attention._KERNELS = tuple(kernel.split(","))
     head_dims = [int(d) for d in dims.split(",")]

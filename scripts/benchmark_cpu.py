@@ -9,24 +9,21 @@ that gets slower gets slower for both; the figures are medians. Where the system
 other processes disturbed is taken again.
 """
 
-import json
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
+from gpu_report import JsonFile, about_this_run, write_report
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig
 
 PREFILL_LENGTHS = (32, 128, 512)
@@ -133,7 +130,7 @@ def main(
     group_size: int = 64,
     repeats: int = 5,
     steps: int = 24,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     models = [compare(src, src.name, group_size, repeats, steps)] if src else []
     with tempfile.TemporaryDirectory() as folder:
@@ -142,22 +139,17 @@ def main(
         title = f"TinyLlama-1.1B shapes, {LARGER.num_hidden_layers} layers"
         models.append(compare(Path(folder), title, group_size, repeats, steps))
     result = {
-        "command": f"python scripts/benchmark_cpu.py {src.name if src else ''} --group-size {group_size}",
-        "date": datetime.now(UTC).date().isoformat(),
+        **about_this_run(
+            f"python scripts/benchmark_cpu.py {src.name if src else ''} --group-size {group_size}",
+            "transformers",
+        ),
         "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
         "group_size": group_size,
         "repeats": repeats,
         "models": models,
     }
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    write_report(result, json_file)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from check_hadamard_gpu import exact_transform, in_floors, in_processes
-from gpu_report import JsonFile, about_this_run, write_report
+from check_hadamard_gpu import exact_transform, in_floors
+from gpu_processes import in_processes
+from gpu_report import JsonFile, about_this_run, require_gpu, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels import hadamard_schedules as schedules
@@ -300,8 +301,7 @@ def main(
     tune_only: Annotated[bool, typer.Option("--tune", help="Time all schedules.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+    require_gpu()
     all_sizes = list(map(int, sizes.split(","))) if sizes else list(TUNED if tune_only else POWERS + OTHERS)
     all_dtypes = dtypes.split(",")
     command = "python scripts/benchmark_hadamard.py" + " --tune" * tune_only

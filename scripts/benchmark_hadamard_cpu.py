@@ -9,21 +9,18 @@ that a machine that gets slower gets slower for all. Times are medians of the CP
 several threads that wait for each other depend on what else the machine does.
 """
 
-import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from gpu_report import JsonFile, about_this_run, write_report
 
-import hf_hadacore
 from hf_hadacore import hadamard_transform
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 
@@ -122,26 +119,21 @@ def measure(n: int, dtype: torch.dtype, elements: int, repeats: int) -> dict[str
 def main(
     elements: Annotated[int, typer.Option(help="Elements of the input.")] = 1 << 22,
     repeats: int = 9,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     torch.set_num_threads(1)
     results = [measure(n, dtype, elements, repeats) for n in SIZES for dtype in DTYPES]
     result = {
-        "command": f"python scripts/benchmark_hadamard_cpu.py --elements {elements} --repeats {repeats}",
-        "date": datetime.now(UTC).date().isoformat(),
+        **about_this_run(
+            f"python scripts/benchmark_hadamard_cpu.py --elements {elements} --repeats {repeats}"
+        ),
         "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread",
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
         "elements": elements,
         "repeats": repeats,
         "results": results,
     }
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    write_report(result, json_file)
 
 
 if __name__ == "__main__":

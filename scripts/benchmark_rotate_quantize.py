@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import torch
 import typer
-from check_hadamard_gpu import in_processes
-from gpu_report import JsonFile, about_this_run, write_report
+from gpu_processes import in_processes
+from gpu_report import JsonFile, about_this_run, require_gpu, write_report
 
 from hf_hadacore.hadamard_matrices import hadamard_factors
 from hf_hadacore.kernels import hadamard_schedules, rotate_quantize_triton
@@ -233,8 +233,7 @@ def main(
     json_file: JsonFile = None,
     tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+    require_gpu()
     if tune_only:
         return tune()
     errors = in_processes(compile_work, [(work, None) for work in works()])

@@ -11,17 +11,15 @@ The second table re-creates that of SplitK W4A16 (arXiv:2402.00025) with the por
 schedule with K split over programs against the one without, for square weights and few tokens.
 """
 
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
 from check_w4a16 import in_floors
-from gpu_report import JsonFile, about_this_run, write_report
+from gpu_processes import process_pool
+from gpu_report import JsonFile, about_this_run, require_gpu, write_report
 from w4a16_peers import GROUP, PEERS, Problem
 
 from hf_hadacore import int4
@@ -91,8 +89,7 @@ def measure_shape(
 def compile_ahead(shapes: list[tuple[int, int]], tokens: Sequence[int], peers: list[str]) -> None:
     """Compile our kernels in many processes; this one then finds them in Triton's cache on disk."""
     jobs = [(n, k, m, name) for n, k in shapes for m in tokens for name in peers if name.startswith("ours")]
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         list(pool.map(_compile, jobs))
 
 
@@ -154,8 +151,7 @@ def main(
     splits: Annotated[bool, typer.Option(help="Measure the SplitK table.")] = True,
     json_file: JsonFile = None,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+    require_gpu()
     bandwidth = copy_bandwidth()
     skipped: dict[str, str] = {}
     rows: list[dict[str, Any]] = []

@@ -4,29 +4,34 @@
     python scripts/check_attention_gpu.py --kernel attention_hopper
     compute-sanitizer python scripts/check_attention_gpu.py --sanitize
 
-Every element is held to float64 on the same 8-bit inputs: none may be further off than rounding P and the
-result, and what tensor cores drop from sums, allow. All elements of a variant together may have at most 1.05
-of the relative L2 error that an emulation has, which rounds P as the kernels do, and computes the rest in
-float64. Outputs are filled with NaN before a kernel writes them.
+Random problems and what their results are held to are those of `attention_variants`.
 """
 
 import json
 import math
-import multiprocessing
-import os
 import random
 import sys
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 import typer
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
+from attention_variants import (
+    CASES_OF_A_VARIANT,
+    MAX_RATIO,
+    PRODUCT_ROUNDOFF,
+    Options,
+    draw_case,
+    random_variant,
+    run_kernel,
+    run_variant,
+    squares,
+)
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, require_gpu, write_report
 
 from hf_hadacore import quantized_attention
 from hf_hadacore.kernels import attention
@@ -36,146 +41,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from attention_exact import (
     DISTRIBUTIONS,
     E4M3,
-    Exact,
     Problem,
     exact_attention,
     is_within_bounds,
     make_inputs,
     make_problem,
-    masks,
 )
 
 KERNELS = ("attention_hopper", "attention_triton")
-HEAD_DIMS = {"attention_hopper": (64, 128), "attention_triton": (64, 80, 96, 112, 128, 192, 256)}
 VARIANTS = {"attention_hopper": 40, "attention_triton": 56}
-CASES_OF_A_VARIANT = 6
 REPEATS = 1000
-# A sum in the tensor cores keeps some 14 bits of 8-bit products; several such sums follow each other.
-PRODUCT_ROUNDOFF = 2.0**-11
-MAX_RATIO = 1.05
 DTYPES = {"fp8": E4M3, "int8-fp8": torch.int8}
 # What `DISTRIBUTIONS` are to be off by at most at 4096 tokens.
 TARGETS = {"fp8": (0.054, 0.045, 0.075, 0.066), "int8-fp8": (0.041, 0.033, 0.055, 0.056)}
 LONG = (8192, 32768, 131072)
 MAX_BIASED_ERROR = 2e-3
-
-Options = dict[str, Any]
-_DEFAULTS: Options = dict(
-    window=0, softcap=0.0, key_start=None, key_end=None, query_start=None, sinks=None, logit_offset=None
-)
-
-
-def run_kernel(kernel: str, problem: Problem, options: Options, dtype: torch.dtype) -> torch.Tensor:
-    """What a kernel makes of a problem that fits it, in memory that was NaN before."""
-    batch, heads, tokens, d = problem.query.shape
-    out = torch.full((batch, tokens, heads, d), math.nan, dtype=dtype, device="cuda")
-    module = attention._kernel(kernel)
-    assert module is not None
-    options = _DEFAULTS | options
-    assert module.fits(*problem[:3], **options), f"{kernel} does not take {tuple(problem.query.shape)}"
-    module.launch(*problem, out, **options)
-    return out
-
-
-class Variant(NamedTuple):
-    """What a kernel is compiled for, or nearly so; several cases share one: compiling takes the time."""
-
-    kernel: str
-    d: int
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    granularity: str
-    tokens: str
-    heads: tuple[int, int]
-    is_causal: bool
-    window: int
-    softcap: float
-    has_sinks: bool
-    has_offset: bool
-    mask: int
-
-
-def random_variant(kernel: str, number: int) -> Variant:
-    draw = random.Random(f"{kernel} {number}")
-    sizes = HEAD_DIMS[kernel]
-    return Variant(
-        kernel,
-        sizes[number % len(sizes)],
-        draw.choice([E4M3, torch.int8]),
-        draw.choice([torch.bfloat16, torch.float16]),
-        draw.choice(["token", "block"]),
-        "many" if kernel == "attention_hopper" else ("one", "some", "many")[number % 3],
-        draw.choice([(4, 4), (4, 1), (8, 2), (6, 2), (5, 1)]),
-        draw.random() < 0.7,
-        draw.choice([0, 0, 1, 50, 200]),
-        draw.choice([0.0, 0.0, 2.0, 50.0]),
-        draw.random() < 0.3,
-        draw.random() < 0.3,
-        draw.randrange(5),
-    )
-
-
-def draw_case(draw: random.Random, variant: Variant) -> tuple[Problem, Options]:
-    batch = draw.choice([1, 2, 3])
-    choices = {"one": [1], "some": [2, 5, 16], "many": [33, 64, 128, 130, 257, 400, 640]}
-    tokens = draw.choice(choices[variant.tokens])
-    keys = max(1, tokens + draw.choice([0, 0, 1, 15, 127, 300, 1000]))
-    heads, key_heads = variant.heads
-    problem = make_problem(
-        batch,
-        heads,
-        key_heads,
-        tokens,
-        keys,
-        variant.d,
-        dtype=variant.dtype,
-        granularity=variant.granularity,
-        value_mean=draw.choice([0.0, 1.0]),
-        seed=draw.randrange(1 << 30),
-        device="cuda",
-    )
-    options: Options = dict(
-        scale=draw.choice([1.0, 1.0, 0.3, 3.0]) * variant.d**-0.5,
-        is_causal=variant.is_causal,
-        window=variant.window,
-        softcap=variant.softcap,
-    )
-    options |= list(masks(batch, tokens, keys, "cuda"))[variant.mask]
-    if variant.has_sinks:
-        options["sinks"] = 3 * torch.randn(heads, device="cuda")
-    if variant.has_offset:
-        options["logit_offset"] = 2 * torch.randn(batch, heads, tokens, device="cuda")
-    return problem, options
-
-
-def squares(out: torch.Tensor, exact: Exact) -> torch.Tensor:
-    """``[2]``: of the errors of a kernel and of the emulation."""
-    emulated = exact.rounded.to(out.dtype).double() - exact.out
-    return torch.stack(((out.double() - exact.out).square().sum(), emulated.square().sum()))
-
-
-def run_variant(job: tuple[str, int]) -> dict[str, Any]:
-    """How far off a variant is, and what is wrong with it."""
-    variant = random_variant(*job)
-    draw = random.Random(f"cases of {job}")
-    total = torch.zeros(2, dtype=torch.float64, device="cuda")
-    what = str(variant)
-    try:
-        for case in range(CASES_OF_A_VARIANT):
-            problem, options = draw_case(draw, variant)
-            what = f"case {case}, q {tuple(problem.query.shape)}, k {tuple(problem.key.shape)}, {variant}"
-            out = run_kernel(variant.kernel, problem, options, variant.out_dtype)
-            exact = exact_attention(problem, product_roundoff=PRODUCT_ROUNDOFF, **options)
-            assert bool(out.isfinite().all()), "not finite"
-            assert not out[(exact.bound == 0).all(-1)].any(), "queries that see nothing"
-            assert is_within_bounds(out, exact), "an element is out of bounds"
-            total += squares(out, exact)
-        error, emulated = total.sqrt().tolist()
-        ratio = error / emulated if emulated else 1.0
-        assert ratio <= MAX_RATIO, f"{ratio} times the error of the emulation"
-    except Exception:
-        return {"job": job, "ratio": math.inf, "wrong": f"{what}: {traceback.format_exc(limit=3)}"}
-    return {"job": job, "ratio": ratio, "wrong": ""}
 
 
 def quantize(
@@ -374,8 +254,7 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     kernels = kernel or [name for name in KERNELS if is_hopper or name != "attention_hopper"]
     if sanitize_only:
@@ -402,9 +281,7 @@ def main(
         ],
         "random": [(run_variant, (name, i)) for name in kernels for i in range(VARIANTS[name])],
     }
-    # Several processes, because compiling takes the time.
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         futures = {
             part: [pool.submit(function, job) for function, job in jobs[part]] for part in reversed(jobs)
         }

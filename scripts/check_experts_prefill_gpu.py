@@ -3,41 +3,43 @@
     python scripts/check_experts_prefill_gpu.py --json scripts/results/experts.json
     python scripts/check_experts_prefill_gpu.py --tune
 
-Results go under "prefill" in the file of `check_experts_gpu.py`, which says how errors and floors are made.
-Times are those of the experts of one layer of Qwen3-30B-A3B (routing excluded), replayed in a CUDA graph;
-the loop over experts waits for the GPU, so it is timed without a graph, as is our own path beside it.
+Results go under "prefill" in the file of `check_experts_gpu.py`, which says what floors are; errors are those
+of `experts_cases`. Times are those of the experts of one layer of Qwen3-30B-A3B (routing excluded), replayed
+in a CUDA graph; the loop over experts waits for the GPU, so it is timed without a graph, as is our own path
+beside it.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from check_experts_gpu import (
+from experts_cases import (
     SHAPES,
     bf16_experts,
     check_layer,
     error_of,
     expert_bytes,
+    failures,
     gpt_oss_experts,
     int4_experts,
     products,
     qwen_experts,
     random_inputs,
     random_problem,
+    random_rows,
     route,
     run_shape,
+    summary_of,
     through_loop,
 )
-from gpu_report import about_this_run, write_report
+from gpu_processes import process_pool
+from gpu_report import about_this_run, conclude, require_gpu, write_report
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from hf_hadacore import int4
@@ -89,13 +91,7 @@ def run_variant(number: int) -> list[tuple[float, dict[str, Any]]]:
         problem = random_problem(experts, n, k, group_size, symmetric, dtype, has_bias)
         choices = draw.choice([1, 2, 8])
         rows = draw.choice([1, 7, 64, 131, 400])
-        wide = torch.randn(rows + 1, k + 64, device="cuda").to(dtype)
-        layout = draw.choice(["contiguous", "rows", "offset"])
-        x = {
-            "contiguous": wide[:rows, :k].contiguous(),
-            "rows": wide[:rows, :k],
-            "offset": wide[1:, 3 : k + 3],
-        }[layout]
+        layout, x = random_rows(draw, rows, k, dtype)
         routing, index = random_index(draw, experts, rows * choices)
         outs = torch.full((2, len(index), n), float("nan"), device="cuda", dtype=dtype)
         for out in outs:
@@ -125,21 +121,14 @@ def compile_kind(number: int) -> None:
 def check_products() -> dict[str, Any]:
     """Random problems and the shapes of models, in several processes because compiling takes the time."""
     models = [("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 500), ("gpt-oss-20b, 2880 -> 2944", 100)]
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         compiled = [pool.submit(compile_kind, number) for number in range(len(KINDS))]
         shapes = {f"{name}, {tokens} tokens": pool.submit(run_shape, name, tokens) for name, tokens in models}
         results = [case for cases in pool.map(run_variant, range(VARIANTS)) for case in cases]
         errors = {name: round(future.result(), 4) for name, future in shapes.items()}
         for future in compiled:
             future.result()
-    worst = max(results, key=lambda result: (result[0] != result[0], result[0]))
-    return {
-        "cases": len(results),
-        "worst_error_in_floors": round(worst[0], 4),
-        "worst_case": worst[1],
-        "models_error_in_floors": errors,
-    }
+    return summary_of(results, errors)
 
 
 def eager_time(calls: list[Callable[[], Any]]) -> float:
@@ -226,8 +215,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to add the results.")] = None,
     only_tune: Annotated[bool, typer.Option("--tune", help="Time all kinds of schedules instead.")] = False,
 ) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise SystemExit("this check needs a Hopper GPU")
+    require_gpu(is_hopper=True)
     checked = check_products()
     if only_tune:
         print(f"worst error {checked['worst_error_in_floors']} floors: {checked['worst_case']}")
@@ -246,22 +234,9 @@ def main(
         "times": measure_prefill(bandwidth),
     }
     written = json.loads(json_file.read_text()) if json_file is not None and json_file.exists() else {}
+    prefill["failed"] = failures(checked, layers)
     write_report({**written, "prefill": prefill}, json_file)
-    print(json.dumps(prefill, indent=1))
-    errors = [checked["worst_error_in_floors"], *checked["models_error_in_floors"].values()]
-    flags = ("is_as_exact_as_the_loop", "bit_identical", "graph_replays_equal_eager")
-    is_right = all(error <= 1.1 for error in errors) and all(
-        layer[f] for layer in layers.values() for f in flags
-    )
-    print(f"{checked['cases']} cases, errors in floors {errors}; {'right' if is_right else 'NOT RIGHT'}")
-    for row in prefill["times"]:
-        print(
-            f"{row['tokens']} tokens: int4 {row['us']['int4']} us (floor of the weights {row['floor_us']}, "
-            f"products {row['products_tflop_per_s']} TFLOP/s), {row['times_faster_than_bf16']}x bf16, "
-            f"{row['times_faster_than_loop']}x the loop"
-        )
-    if not is_right:
-        raise SystemExit("experts with many tokens are not right on this GPU")
+    conclude(prefill, prefill["failed"], None, rows="times")
 
 
 if __name__ == "__main__":

@@ -4,38 +4,33 @@
     compute-sanitizer python scripts/check_fusion_gpu.py --sanitize
 
 Errors are relative L2 against float64, beside those of transformers' eager formulas on the same inputs. Times
-are microseconds of one call: in CUDA-graph replays of calls back to back, and of Python alone.
+are those of `fusion_times`.
 """
 
 import copy
-import multiprocessing
-import os
 import random
-import statistics
-import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 import typer
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
+from fusion_times import EPS, check_times
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu, run_checks
 from transformers import DynamicCache, StaticCache
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.fusion.fuse import fuse, unfuse
 from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation, gated_activation_reference
-from hf_hadacore.kernels.measure import graph_time
 from hf_hadacore.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from hf_hadacore.kernels.rope import rope, rope_into_cache, rope_reference
 
 CASES = 96
 MODELS = ("llama", "qwen3", "gemma3_text", "mixtral")
 FORMULAS = ((0.0, True), (1.0, False), (0.0, False))
-EPS = 1e-5
 # Ours may add the squares of a row in another order, no more.
 SLACK = 1.02
 
@@ -150,8 +145,7 @@ def run_case(case: int) -> tuple[str, str, dict[str, float] | str]:
 
 def check_cases() -> dict[str, Any]:
     # Most cases compile a kernel of their own, which takes the time: several processes share the GPU.
-    workers = min(12, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         outcomes = list(pool.map(run_case, range(CASES), chunksize=4))
     report: dict[str, Any] = {"cases": CASES, "failed": 0}
     for kind, dtype, outcome in outcomes:
@@ -300,99 +294,6 @@ def check_model(name: str) -> dict[str, float]:
     return results
 
 
-def replayed(run: Callable[[], Any], calls: int = 64) -> float:
-    """Median microseconds of a call, replayed back to back."""
-    return graph_time([run] * calls, repeats=20)
-
-
-def python_time(run: Callable[[], Any], calls: int = 200) -> float:
-    """Microseconds until a call returns, its kernel aside: the queue is empty and short."""
-    times = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
-
-
-def timed(name: str, shape: str, ours: Callable[[], Any], eager: Callable[[], Any]) -> dict[str, Any]:
-    with torch.no_grad():
-        return {
-            "op": name,
-            "shape": shape,
-            "ours_us": round(replayed(ours), 2),
-            "eager_us": round(replayed(eager), 2),
-            "ours_python_us": round(python_time(ours), 1),
-            "eager_python_us": round(python_time(eager), 1),
-        }
-
-
-def eager_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return rms_norm_reference(x + residual, weight, EPS, 0.0, True)
-
-
-def eager_cache_write(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor | None,
-) -> None:
-    rope_reference(q, cos, sin, weight, EPS, 0.0, True)
-    k = rope_reference(k, cos, sin, weight, EPS, 0.0, True)
-    positions = torch.arange(k.shape[1], device="cuda") + position
-    keys.index_copy_(2, positions, k.transpose(1, 2))
-    values.index_copy_(2, positions, v.transpose(1, 2))
-
-
-def check_times() -> list[dict[str, Any]]:
-    """The shapes of Llama-3-8B (and norms of heads, as in Qwen3-8B) at decoding, and of one prefill."""
-    times = []
-    h, i, q_heads, kv_heads, d = 4096, 14336, 32, 8, 128
-    options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
-    for batch, tokens in ((1, 1), (16, 1), (1, 2048)):
-        shape = f"batch {batch}, tokens {tokens}"
-        x, residual = torch.randn(2, batch, tokens, h, **options)
-        weight, head_weight = torch.randn(h, **options), torch.randn(d, **options)
-        eager_norm = partial(rms_norm_reference, x, weight, EPS, 0.0, True)
-        times.append(timed("rms_norm", shape, partial(rms_norm, x, weight, EPS), eager_norm))
-        ours = partial(add_rms_norm, x, residual, weight, EPS)
-        times.append(timed("add_rms_norm", shape, ours, partial(eager_add_norm, x, residual, weight)))
-        gate, up = torch.randn(batch, tokens, 2 * i, **options).chunk(2, dim=-1)
-        eager_activation = partial(gated_activation_reference, gate, up, "silu")
-        times.append(timed("gated_activation", shape, partial(gated_activation, gate, up), eager_activation))
-        sizes = [q_heads * d, kv_heads * d, kv_heads * d]
-        fused = torch.randn(batch, tokens, sum(sizes), **options)
-        q, k, v = (part.view(batch, tokens, -1, d) for part in fused.split(sizes, -1))
-        cos, sin = torch.randn(2, 1, tokens, d, **options)
-        keys, values = torch.zeros(2, batch, kv_heads, tokens + 256, d, **options)
-        position = torch.tensor([128], device="cuda")
-        inputs = (q, k, v, cos, sin, keys, values, position)
-        times.append(
-            timed(
-                "rope_into_cache",
-                shape,
-                partial(rope_into_cache, *inputs),
-                partial(eager_cache_write, *inputs, None),
-            )
-        )
-        times.append(
-            timed(
-                "norms + rope_into_cache",
-                shape,
-                partial(rope_into_cache, *inputs, head_weight, head_weight, eps=EPS),
-                partial(eager_cache_write, *inputs, head_weight),
-            )
-        )
-    return times
-
-
 def sanitize() -> None:
     """One small problem of every kind, for compute-sanitizer."""
     for case in range(24):
@@ -406,13 +307,10 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     if sanitize_only:
         return sanitize()
-    report: dict[str, Any] = {
-        **about_this_run("python scripts/check_fusion_gpu.py", "transformers"),
-    }
+    report: dict[str, Any] = about_this_run("python scripts/check_fusion_gpu.py", "transformers")
     checks: dict[str, Callable[[], Any]] = {
         "random_shapes": check_cases,
         "beyond_2_31_elements": check_beyond_int32,
@@ -420,13 +318,7 @@ def main(
         **{f"model {name}": partial(check_model, name) for name in MODELS},
         "times": check_times,
     }
-    failed = []
-    for name, check in checks.items():
-        try:
-            report[name] = check()
-        except Exception:
-            print(f"{name}: {traceback.format_exc()}")
-            failed.append(name)
+    failed = run_checks(report, checks)
     if report.get("random_shapes", {}).get("failed"):
         failed.append("random_shapes")
     right = [*report.get("beyond_2_31_elements", {}).values(), report.get("overlapping_launches_are_right")]

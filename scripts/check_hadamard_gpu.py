@@ -7,20 +7,16 @@ Errors are relative L2 against float64, in multiples of the error that rounding 
 have. Every output is filled with NaN before the kernel runs.
 """
 
-import json
-import multiprocessing
-import os
+import math
 import random
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import typer
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
+from gpu_processes import in_processes
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
 
 from hf_hadacore.hadamard_matrices import hadamard_factors, hadamard_matrix
 from hf_hadacore.kernels.hadamard_schedules import SMALL, HopperSchedule, choose_hopper, steps_of
@@ -128,37 +124,6 @@ def run_group(group: Group) -> list[tuple[float, dict[str, Any]]]:
     ]
 
 
-def in_processes(function: Callable[[Any], Any], jobs: list[Any]) -> list[Any]:
-    """Map over processes, because compiling takes most of the time: results, or what was raised instead.
-
-    A compiler that aborts takes its process along, and with it all that waits. Jobs lost this way run again,
-    each in a process of its own.
-    """
-    workers = min(14, os.cpu_count() or 1)
-    outcomes = _outcomes(function, jobs, workers)
-    lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, BrokenProcessPool)]
-    with ThreadPoolExecutor(workers) as threads:
-        again = threads.map(lambda i: _outcomes(function, [jobs[i]], 1)[0], lost)
-        for i, outcome in zip(lost, again, strict=True):
-            outcomes[i] = outcome
-    return outcomes
-
-
-def _outcomes(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> list[Any]:
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_outcome, function, job) for job in jobs]
-        wait(futures)
-    # An exception of the future's itself is a process that ended.
-    return [future.exception() or future.result() for future in futures]
-
-
-def _outcome(function: Callable[[Any], Any], job: Any) -> Any:
-    try:
-        return function(job)
-    except Exception as error:
-        return RuntimeError(f"{type(error).__name__}: {str(error)[:300]}")
-
-
 def random_groups() -> list[Group]:
     """Two dtypes of each size, one with signs, which take kernels of their own; long rows also in numbers."""
     drawn = [
@@ -246,7 +211,8 @@ def error_of_rows_far_apart(n: int) -> float:
     return in_floors(y, exact_transform(x, n) * n**-0.5)
 
 
-def check_everything() -> dict[str, Any]:
+def check_everything() -> tuple[dict[str, Any], list[str]]:
+    """What was found, and what of it is not right."""
     # Those that take longest to compile come first.
     groups: list[Job] = [partial(run_group, group) for group in random_groups()[::-1]]
     repeats: list[Job] = [
@@ -267,7 +233,6 @@ def check_everything() -> dict[str, Any]:
     done = {job: outcome for job, outcome in outcomes.items() if not isinstance(outcome, Exception)}
     beyond = [done[job] for job in far if job in done]
     report: dict[str, Any] = {
-        "failed": [f"{name(job)}: {outcomes[job]}" for job in jobs if job not in done],
         "random_cases": summary_of_cases([case for job in groups if job in done for case in done[job]]),
         "repeats": {
             "repeats": REPEATS,
@@ -275,11 +240,13 @@ def check_everything() -> dict[str, Any]:
             "bit_identical": all(done.get(job) for job in repeats),
         },
         "bad_rows_stay_alone": all(done.get(job) for job in bad_rows),
-        "wrong_jobs": [name(job) for job in repeats + bad_rows if job in done and not done[job]],
         "worst_error_beyond_2_31_elements": round(max(beyond, default=float("nan")), 4),
     }
-    is_right = not report["failed"] and not report["wrong_jobs"] and report["random_cases"]["wrong"] == 0
-    return report | {"is_right": is_right and max(beyond) <= LIMITS[torch.bfloat16]}
+    failed = [f"{name(job)}: {outcomes[job]}" for job in jobs if job not in done]
+    failed += [name(job) for job in repeats + bad_rows if job in done and not done[job]]
+    failed += ["random cases"] if report["random_cases"]["wrong"] else []
+    failed += [] if max(beyond, default=math.inf) <= LIMITS[torch.bfloat16] else ["beyond 2^31 elements"]
+    return report, failed
 
 
 def call(job: Job) -> Any:
@@ -319,11 +286,8 @@ def main(
         raise SystemExit("this check needs an NVIDIA GPU with bf16 tensor cores")
     if sanitize_only:
         return sanitize()
-    report = about_this_run("python scripts/check_hadamard_gpu.py") | check_everything()
-    print(json.dumps(report, indent=1))
-    write_report(report, json_file)
-    if not report["is_right"]:
-        raise SystemExit("the transform is not right on this GPU")
+    report, failed = check_everything()
+    conclude(about_this_run("python scripts/check_hadamard_gpu.py") | report, failed, json_file)
 
 
 if __name__ == "__main__":

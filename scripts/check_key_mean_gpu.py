@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 import typer
 from benchmark_rotate_quantize import MEANS, mean_calls
-from check_hadamard_gpu import in_processes
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
+from gpu_processes import in_processes
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu
 
 from hf_hadacore.kernels import key_mean_triton
 from hf_hadacore.kernels.key_mean import key_mean, key_mean_reference
@@ -102,8 +102,7 @@ def main(
     tune_only: Annotated[bool, typer.Option("--tune", help="Only compare schedules.")] = False,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     torch.set_grad_enabled(False)
     if tune_only:
         return tune()

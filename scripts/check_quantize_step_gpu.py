@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import typer
-from check_hadamard_gpu import in_processes
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
+from gpu_processes import in_processes
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu
 from rotate_quantize_exact import SUMS, TWO_TERMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels.attention import attention_8bit
@@ -142,8 +142,7 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     if sanitize_only:
         assert all(check(variant) <= 1 for variant in VARIANTS[:2])
         return print("sanitize: steps of two variants ran")
@@ -156,15 +155,9 @@ def main(
     ]
     worst = max((error for error in outcomes.values() if isinstance(error, float)), default=None)
     wrong = {str(dtype): check_graph(dtype) for dtype in (E4M3, torch.int8)}
-    report |= dict(
-        variants=len(outcomes), worst_error=worst, failed=bad, replays=REPLAYS, wrong_replays=wrong
-    )
-    write_report(report, json_file)
-    print("\n".join(bad))
-    print(f"{len(outcomes)} variants, {len(bad)} failed, worst error {worst}")
-    print(f"of {REPLAYS} replays wrong: {wrong}")
-    if bad or any(wrong.values()):
-        raise SystemExit(1)
+    report |= dict(variants=len(outcomes), worst_error=worst, replays=REPLAYS, wrong_replays=wrong)
+    bad += [f"replays with {name} keys" for name, count in wrong.items() if count]
+    conclude(report, bad, json_file)
 
 
 if __name__ == "__main__":

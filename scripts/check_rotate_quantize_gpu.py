@@ -7,18 +7,17 @@ Values are held to float64, one by one: none may be further off than the 8-bit r
 filled with NaN (int8: 127) before a kernel writes to it.
 """
 
-import multiprocessing
-import os
 import random
 import traceback
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import typer
 from check_hadamard_gpu import exact_transform
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu
 from rotate_quantize_exact import SUMS, TWO_TERMS, exact_rotation, in_token_order, worst_error
 
 from hf_hadacore.kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
@@ -330,11 +329,6 @@ def check_beyond_int32() -> bool:
     return right
 
 
-def pool_of_processes() -> ProcessPoolExecutor:
-    """Compiling takes the time: several processes share the GPU."""
-    return ProcessPoolExecutor(min(14, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
-
-
 def sanitize() -> None:
     """A few small problems of every kind, for compute-sanitizer."""
     torch.use_deterministic_algorithms(True)
@@ -354,8 +348,7 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     if sanitize_only:
         return sanitize()
     report: dict[str, Any] = about_this_run("python scripts/check_rotate_quantize_gpu.py")
@@ -364,7 +357,7 @@ def main(
         "repeats_are_identical": check_repeats,
         "beyond_2_31_elements": check_beyond_int32,
     }
-    with pool_of_processes() as pool:
+    with process_pool() as pool:
         futures: dict[str, Future[bool]] = {name: pool.submit(check) for name, check in checks.items()}
         # What takes longest to compile comes first.
         rows = pool.map(run_rows, ROW_SIZES[::-1])

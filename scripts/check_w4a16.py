@@ -8,16 +8,14 @@ that rounding the exact result once would have. Outputs are filled with NaN befo
 the business of `benchmark_w4a16.py`.
 """
 
-import multiprocessing
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 import typer
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu
 
 from hf_hadacore import int4
 from hf_hadacore.int4 import Int4Weight
@@ -26,6 +24,7 @@ from hf_hadacore.kernels.w4a16 import w4a16_linear
 
 CASES = 500
 REPEATS = 1000
+MAX_FLOORS = 1.1
 
 
 def random_weight(n: int, k: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype) -> Int4Weight:
@@ -40,6 +39,18 @@ def in_floors(y: torch.Tensor, exact: torch.Tensor) -> float:
     """The error of y in multiples of the one-rounding floor of its dtype."""
     floor = (exact.to(y.dtype).double() - exact).norm()
     return float((y.double() - exact).norm() / floor)
+
+
+def beyond(errors: dict[str, float]) -> list[str]:
+    """Which errors, in floors, are too large or NaN."""
+    return [f"{name}: {error} floors" for name, error in errors.items() if not error <= MAX_FLOORS]
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """What is wrong in a report of `check_w4a16` or `check_w4a16_tiled`."""
+    worst = {"random shapes": report["random_shapes"]["worst_error_in_floors"]}
+    is_repeated = report["repeats"]["bit_identical"]
+    return beyond(worst | report["beyond_2_31_elements"]) + ([] if is_repeated else ["repeats"])
 
 
 def run_case(case: int) -> tuple[float, dict[str, Any]]:
@@ -77,8 +88,7 @@ def run_case(case: int) -> tuple[float, dict[str, Any]]:
 
 def check_cases() -> dict[str, Any]:
     # Most cases compile a kernel of their own, which takes the time: many processes share the GPU.
-    workers = min(12, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         results = list(pool.map(run_case, range(CASES), chunksize=4))
     worst = max(results, key=lambda result: result[0] if result[0] == result[0] else float("inf"))
     return {"cases": CASES, "worst_error_in_floors": round(worst[0], 4), "worst_case": worst[1]}
@@ -97,7 +107,7 @@ def check_every_element_is_written() -> int:
                 w4a16_triton.launch(x, *weight[:3], None, None, group_size, out, schedule)
                 exact = x.double() @ weight.dequantize(torch.float64).T
                 error = in_floors(out, exact)
-                assert error <= 1.1, (m, n, k, group_size, split_k, error)
+                assert error <= MAX_FLOORS, (m, n, k, group_size, split_k, error)
                 count += 1
     return count
 
@@ -165,8 +175,7 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     if sanitize_only:
         return sanitize()
     report: dict[str, Any] = {
@@ -176,11 +185,7 @@ def main(
         "repeats": check_repeats(),
         "beyond_2_31_elements": check_beyond_int32(),
     }
-    write_report(report, json_file)
-    print({name: report[name] for name in ("random_shapes", "repeats", "beyond_2_31_elements")})
-    worst = [report["random_shapes"]["worst_error_in_floors"], *report["beyond_2_31_elements"].values()]
-    if not (max(worst) <= 1.1 and report["repeats"]["bit_identical"]):
-        raise SystemExit("the op is not right on this GPU")
+    conclude(report, failures(report), json_file)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,15 @@ Errors are relative L2 against a float64 product with the weights exactly as sto
 that rounding the exact result once would have. Every output is filled with NaN before the kernel runs.
 """
 
-import json
-import multiprocessing
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import typer
-from check_w4a16 import in_floors, random_weight
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, write_report
+from check_w4a16 import failures, in_floors, random_weight
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu
 
 from hf_hadacore import int4
 from hf_hadacore.int4 import Int4Weight
@@ -124,8 +121,7 @@ def run_variant(number: int) -> list[tuple[float, dict[str, Any]]]:
 
 
 def check_cases() -> dict[str, Any]:
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         results = [case for cases in pool.map(run_variant, range(VARIANTS)) for case in cases]
     worst = max(results, key=lambda result: (result[0] != result[0], result[0]))
     return {
@@ -221,8 +217,7 @@ def main(
     json_file: JsonFile = None,
     sanitize_only: SanitizeOnly = False,
 ) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise SystemExit("this check needs a Hopper GPU")
+    require_gpu(is_hopper=True)
     if sanitize_only:
         return sanitize()
     report: dict[str, Any] = {
@@ -232,11 +227,7 @@ def main(
         "bad_rows_stay_alone": check_bad_rows(),
         "beyond_2_31_elements": check_beyond_int32(),
     }
-    print(json.dumps(report, indent=1))
-    write_report(report, json_file)
-    worst = [report["random_shapes"]["worst_error_in_floors"], *report["beyond_2_31_elements"].values()]
-    if not (max(worst) <= 1.1 and report["repeats"]["bit_identical"]):
-        raise SystemExit("the op is not right on this GPU")
+    conclude(report, failures(report), json_file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import platform
+import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,21 @@ import hf_hadacore
 # Options that most of the scripts have.
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Where to write the results.")]
 SanitizeOnly = Annotated[bool, typer.Option("--sanitize", help="Small run for compute-sanitizer.")]
+
+
+def require_gpu(*, is_hopper: bool = False) -> None:
+    """End a script on a machine that it cannot run on.
+
+    Args:
+        is_hopper: it runs Hopper's kernels.
+
+    Raises:
+        SystemExit: there is no such GPU.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("this script needs a CUDA device")
+    if is_hopper and torch.cuda.get_device_capability()[0] != 9:
+        raise SystemExit("this script needs a Hopper GPU")
 
 
 def about_this_run(command: str, *packages: str) -> dict[str, Any]:
@@ -45,6 +62,27 @@ def write_report(report: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run_checks(report: dict[str, Any], checks: dict[str, Callable[[], Any]]) -> list[str]:
+    """Run checks in turn, whatever the others do.
+
+    Args:
+        report: gets what they return, by name.
+        checks: print nothing; raise if they cannot go on.
+
+    Returns:
+        The names of those that raised; why is printed.
+    """
+    failed = []
+    for name, check in checks.items():
+        try:
+            report[name] = check()
+        except Exception:
+            print(f"{name}: {traceback.format_exc()}")
+            failed.append(name)
+        torch.cuda.empty_cache()
+    return failed
 
 
 def conclude(report: dict[str, Any], failed: list[Any], json_file: Path | None, rows: str = "") -> None:
