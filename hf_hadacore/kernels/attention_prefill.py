@@ -2,7 +2,7 @@
 
 One warp fetches queries, keys and values by TMA into rings of shared memory; two or three warpgroups of 64
 queries each use them: while the tensor cores work for one, another exponentiates (FlashAttention-3,
-arXiv:2407.08608, section 3.1; without its barriers that make them take turns, which cost 3% here). What
+arXiv:2407.08608, section 3.1; without its barriers that make them take turns, which cost time here). What
 differs from it: products of P and V are added up in fp32 block by block (the tensor core keeps only some 14
 bits of an fp8 sum), P needs no shuffle (see `attention_softmax`), and every block of keys has scales of its
 own.

@@ -11,7 +11,7 @@ import triton.language as tl
 from .launcher import has_pdl, pdl_options, run
 
 _BLOCK = 1024
-# For more rows torch's own kernel is faster (H100: 75 us against 89 with the product of 1024 rows, 4096^2).
+# For more rows torch's own kernel is faster: here every row reads the order anew.
 MAX_ROWS = 16
 _OPTIONS = pdl_options()
 

@@ -49,7 +49,7 @@ def launch(
     rows, n = x.shape
     if rows == 0:
         return
-    # Tensor cores add in fp32, but do not round as fp32 sums are rounded: up to 19 floors of error were seen.
+    # Tensor cores add in fp32, but do not round as fp32 sums are rounded, which fp32 results would show.
     if not _has_kernel(x.device) or out.dtype == torch.float32:
         transform_by_products(x, out, factors=factors, scale=scale, sign=sign, transpose=transpose)
         return

@@ -20,7 +20,7 @@ _TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARED_MEMORY = 226_000
 _MAX_SPLIT = 16
 _MAX_PREFILL_SPLIT = 4
-# Tiles of K that its tensor cores add up: they cut off what they add, 1.12 floors of error at 1024 tiles.
+# Tiles of K that its tensor cores add up: they cut off what they add, so that errors grow with the number.
 _MAX_PREFILL_TILES = 256
 _H100_PROCESSORS = 132
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -87,8 +87,7 @@ Schedule = SkinnySchedule | WideSchedule | PrefillSchedule
 
 # Schedules, without `tiles`, for many slots of experts, and microseconds of a processor for a tile of K and
 # for a program besides; two programs that share a processor have half each. Modelled after products with one
-# weight; 14 of 16 cases of `scripts/check_experts_prefill_gpu.py --tune` get the fastest (H100, 2026-11-26),
-# the others one that is 1% and 2% slower.
+# weight, on an H100; `scripts/check_experts_prefill_gpu.py --tune` compares what they choose with the fastest.
 GROUPED_TIMES: dict[WideSchedule | PrefillSchedule, tuple[float, float]] = {
     WideSchedule(16, 0, 2, 4): (0.43, 1.35),
     WideSchedule(32, 0, 1, 4): (0.42, 1.3),
