@@ -87,7 +87,7 @@ Schedule = SkinnySchedule | WideSchedule | PrefillSchedule
 
 # Schedules, without `tiles`, for many slots of experts, and microseconds of a processor for a tile of K and
 # for a program besides; two programs that share a processor have half each. Modelled after products with one
-# weight, on an H100; `scripts/check_experts_prefill_gpu.py --tune` compares what they choose with the fastest.
+# weight, on an H100; `scripts/check_experts_prefill_gpu.py --tune` compares their choice with the fastest.
 GROUPED_TIMES: dict[WideSchedule | PrefillSchedule, tuple[float, float]] = {
     WideSchedule(16, 0, 2, 4): (0.43, 1.35),
     WideSchedule(32, 0, 1, 4): (0.42, 1.3),
