@@ -6,30 +6,24 @@
 
 Errors are relative L2 against float64, in multiples of the error that rounding the exact result once would
 have, beside those of PyTorch's SDPA on the same inputs. Outputs are filled with NaN before the kernel runs.
-Times are microseconds of one call in CUDA-graph replays over caches that rotate out of the L2 cache, for the
-shapes of Llama-3-8B: of attention alone, and behind the RoPE that writes the cache, as in a model.
+Times are those of `decode_attention_times`.
 """
 
-import multiprocessing
-import os
 import random
-import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude
+from decode_attention_times import LLAMA, attend, check_times, launched, random_cache, sdpa, time_splits
+from gpu_processes import process_pool
+from gpu_report import JsonFile, SanitizeOnly, about_this_run, conclude, require_gpu, run_checks
 
-from hf_hadacore.attention.decode_attention import decode_attention_forward
-from hf_hadacore.kernels.decode_attention_triton import HEAD_DIMS, choose_splits, launch
-from hf_hadacore.kernels.measure import copies_to_rotate, copy_bandwidth, graph_time
+from hf_hadacore.kernels.decode_attention_triton import HEAD_DIMS
 from hf_hadacore.kernels.rope import rope_into_cache
 from hf_hadacore.kernels.w4a16_launch import counters_of_graph, new_counters
 
@@ -41,46 +35,6 @@ CASES = 128
 REPEATS = 1000
 # The result's own rounding and that of the weights, each of about one floor.
 MAX_FLOORS = 1.6
-# Query heads, key heads, head dimension.
-LLAMA = (32, 8, 128)
-MODULE = torch.nn.Module()
-
-
-def has_pdl() -> bool:
-    return torch.cuda.get_device_capability() >= (9, 0)
-
-
-def random_cache(batch: int, heads: tuple[int, int, int], length: int, dtype: torch.dtype) -> list[Any]:
-    """Queries, keys and values."""
-    q_heads, kv_heads, d = heads
-    options: dict[str, Any] = dict(device="cuda", dtype=dtype)
-    # The queries of a fused projection.
-    fused = torch.randn(batch, 1, q_heads + 2 * kv_heads, d, **options)
-    return [fused[:, :, :q_heads].transpose(1, 2), *torch.randn(2, batch, kv_heads, length, d, **options)]
-
-
-def attend(*tensors: Any) -> torch.Tensor:
-    """The kernel, as a model calls it."""
-    with torch.no_grad():
-        return decode_attention_forward(MODULE, *tensors)[0]
-
-
-def sdpa(*tensors: Any) -> torch.Tensor:
-    """What models are given where the kernel must not be used."""
-    MODULE.num_key_value_groups = tensors[0].shape[1] // tensors[1].shape[1]
-    with torch.enable_grad():
-        return decode_attention_forward(MODULE, *tensors)[0]
-
-
-def launched(splits: int, *tensors: Any) -> torch.Tensor:
-    """The kernel with some number of splits."""
-    q, keys, values, mask = tensors
-    batch, heads, _, d = q.shape
-    out = torch.full((batch, 1, heads, d), torch.nan, dtype=q.dtype, device="cuda")
-    arrived = torch.zeros(batch * keys.shape[1], dtype=torch.int32, device="cuda")
-    launch(q, keys, values, mask, None, out, arrived, splits, has_pdl())
-    assert not arrived.any(), "counters are not zero"
-    return out
 
 
 def check_elements(y: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
@@ -128,13 +82,8 @@ def run_case(case: int, is_small: bool = False) -> tuple[str, dict[str, float] |
         return str(dtype), f"case {case}, {problem}: {traceback.format_exc()}"
 
 
-def pool() -> ProcessPoolExecutor:
-    # Compiling takes the time: several processes share the GPU.
-    return ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"))
-
-
 def check_cases() -> dict[str, Any]:
-    with pool() as workers:
+    with process_pool() as workers:
         outcomes = list(workers.map(run_case, range(CASES), chunksize=2))
     report: dict[str, Any] = {"cases": CASES, "failed": 0}
     for dtype, outcome in outcomes:
@@ -244,116 +193,6 @@ def check_replays(batch: int) -> bool:
     return not counters.any() and all(all(map(torch.equal, results, expected)) for results in got)
 
 
-class Timed:
-    """Caches of one size that rotate, and what runs on them.
-
-    Args:
-        batch: B.
-        length: of the buffer.
-        filled: keys that are not masked.
-    """
-
-    def __init__(self, batch: int, length: int, filled: int):
-        q_heads, kv_heads, d = LLAMA
-        options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
-        nbytes = 2 * batch * kv_heads * filled * d * 2
-        self.caches = torch.randn(copies_to_rotate(nbytes), 2, batch, kv_heads, length, d, **options)
-        fused = torch.randn(batch, 1, q_heads + 2 * kv_heads, d, **options)
-        self.qkv = fused.split([q_heads, kv_heads, kv_heads], dim=2)
-        self.cos, self.sin = torch.randn(2, 1, 1, d, **options)
-        self.position = torch.tensor([filled - 1], device="cuda")
-        self.mask = torch.zeros(batch, 1, 1, length, **options)
-        self.mask[..., filled:] = -torch.inf
-        self.nbytes = nbytes
-
-    def rotate(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv
-        return rope_into_cache(q, k, v, self.cos, self.sin, keys, values, self.position)
-
-    def alone(self, attention: Callable[..., torch.Tensor]) -> float:
-        q = self.rotate(*self.caches[0])
-        return graph_time([partial(attention, q, *cache, self.mask) for cache in self.caches])
-
-    def behind_rope(self, attention: Callable[..., torch.Tensor] | None) -> float:
-        def call(keys: torch.Tensor, values: torch.Tensor) -> None:
-            q = self.rotate(keys, values)
-            if attention is not None:
-                attention(q, keys, values, self.mask)
-
-        return graph_time([partial(call, *cache) for cache in self.caches])
-
-
-def python_time(run: Callable[[], Any], calls: int = 200) -> float:
-    """Microseconds until a call returns, its kernel aside: the queue is empty and short."""
-    times = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
-
-
-def check_times() -> list[dict[str, Any]]:
-    bandwidth = copy_bandwidth()
-    rows = []
-    shapes = [(batch, length, length) for batch in (1, 16) for length in (256, 1024, 4096, 8192)]
-    for batch, length, filled in [*shapes, (1, 2048, 1024), (16, 2048, 1024)]:
-        timed = Timed(batch, length, filled)
-        inputs = (timed.rotate(*timed.caches[0]), *timed.caches[0], timed.mask)
-        row = {
-            "ours": timed.alone(attend),
-            "sdpa": timed.alone(sdpa),
-            "rope": timed.behind_rope(None),
-            "rope+ours": timed.behind_rope(attend),
-            "rope+sdpa": timed.behind_rope(sdpa),
-            "memory": timed.nbytes / bandwidth * 1e6,
-            "python": python_time(partial(attend, *inputs)),
-            "sdpa_python": python_time(partial(sdpa, *inputs)),
-        }
-        rows.append(
-            {"batch": batch, "length": length, "filled": filled}
-            | {name: round(value, 2) for name, value in row.items()}
-        )
-        del timed, inputs
-        torch.cuda.empty_cache()
-    return rows
-
-
-def compile_splits(splits: int) -> None:
-    launched(
-        splits, *random_cache(1, LLAMA, 2048, torch.bfloat16), torch.zeros(1, 1, 1, 2048).cuda().bfloat16()
-    )
-
-
-def time_splits() -> None:
-    """What `choose_splits` could choose, behind RoPE."""
-    numbers = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    with pool() as workers:
-        list(workers.map(compile_splits, numbers))
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    arrived = torch.zeros(1 << 10, dtype=torch.int32, device="cuda")
-    for batch in (1, 2, 4, 8, 12, 16):
-        for length in (512, 2048, 8192):
-            timed = Timed(batch, length, length)
-            cells = []
-            for splits in numbers:
-                if splits > length // 64 or splits * batch * LLAMA[1] > 1024:
-                    continue
-
-                def attention(q: Any, keys: Any, values: Any, mask: Any, splits: int = splits) -> Any:
-                    out = torch.empty_like(q.transpose(1, 2))
-                    launch(q, keys, values, mask, None, out, arrived, splits, has_pdl())
-                    return out
-
-                cells.append(f"{splits}: {timed.behind_rope(attention):.2f}")
-            chosen = choose_splits(batch * LLAMA[1], length, processors)
-            print(f"batch {batch}  length {length}  chosen {chosen}  ", "  ".join(cells), flush=True)
-            del timed
-            torch.cuda.empty_cache()
-
-
 def sanitize() -> None:
     """Small problems, for compute-sanitizer."""
     for case in range(14):
@@ -368,16 +207,13 @@ def main(
     sanitize_only: SanitizeOnly = False,
     splits_only: Annotated[bool, typer.Option("--splits", help="Times of every number of splits.")] = False,
 ) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this check needs a CUDA device")
+    require_gpu()
     torch.set_grad_enabled(False)
     if sanitize_only:
         return sanitize()
     if splits_only:
         return time_splits()
-    report: dict[str, Any] = {
-        **about_this_run("python scripts/check_decode_attention_gpu.py"),
-    }
+    report: dict[str, Any] = about_this_run("python scripts/check_decode_attention_gpu.py")
     checks: dict[str, Callable[[], Any]] = {
         "random_cases": check_cases,
         "everything_masked": check_everything_masked,
@@ -387,14 +223,7 @@ def main(
         "replays_batch_16": partial(check_replays, 16),
         "times_us": check_times,
     }
-    failed = []
-    for name, check in checks.items():
-        try:
-            report[name] = check()
-        except Exception:
-            print(f"{name}: {traceback.format_exc()}")
-            failed.append(name)
-        torch.cuda.empty_cache()
+    failed = run_checks(report, checks)
     if report.get("random_cases", {}).get("failed"):
         failed.append("random_cases")
     if any(report.get(f"different_of_{REPEATS}", {}).values()):

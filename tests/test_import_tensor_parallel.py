@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed_checkpoints import gptq_tensors, random_grids, write_packed
-from ranks import run_ranks
+from rank_processes import run_every_rank
 from tiny_models import token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
@@ -43,6 +43,6 @@ def test_act_order_divided_among_ranks(tmp_path: Path) -> None:
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype=torch.float32)(
             token_ids()
         ).logits
-    for found in run_ranks(logits_of_a_rank, 2, tmp_path / "dst", 2):
+    for found in run_every_rank(logits_of_a_rank, 2, tmp_path / "dst", 2):
         # Sums of fp32 products in another order: of what each rank has, then of the ranks.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

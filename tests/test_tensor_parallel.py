@@ -9,7 +9,7 @@ import pytest
 import torch
 from graph_recorder import CountedCaptures
 from permuted_models import quantize_permuted
-from ranks import run_ranks
+from rank_processes import run_every_rank
 from tiny_models import token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
@@ -170,7 +170,7 @@ def test_ranks_compute_and_save_what_one_process_does(checkpoints, tmp_path, nam
     whole = load(checkpoints[f"{name}-int4"])
     expected = logits(whole)
     text = whole.generate(token_ids(), do_sample=False, max_new_tokens=12)
-    found = run_ranks(on_a_rank, ranks, checkpoints, name, ranks, tmp_path)
+    found = run_every_rank(on_a_rank, ranks, checkpoints, name, ranks, tmp_path)
     for rank in found:
         assert distance(rank["int4"], expected) < TOLERANCE
         assert distance(rank["on the fly"], expected) < TOLERANCE
@@ -309,6 +309,6 @@ def refused_on_a_rank(path: Path, full: Path) -> list[str]:
 
 @pytest.mark.transformers_versions
 def test_loading_refuses_before_it_reads(checkpoints):
-    for messages in run_ranks(refused_on_a_rank, 2, checkpoints["llama-int4"], checkpoints["llama"]):
+    for messages in run_every_rank(refused_on_a_rank, 2, checkpoints["llama-int4"], checkpoints["llama"]):
         assert messages[0] == "dequantize=True cannot be combined with tensor parallelism"
         assert "down_proj: with group_size=-1 all its inputs share a scale" in messages[1]
