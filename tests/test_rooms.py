@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_hadacore
+
 PACKAGE = Path(__file__).parents[1] / "hf_hadacore"
 # Each knows those before it, and none behind it.
 ROOMS = (
@@ -94,12 +96,19 @@ def test_tensors_know_nothing_of_transformers(name):
     assert not [other for other in IMPORTS[name] if other.partition(".")[0] == "transformers"]
 
 
-def test_importing_loads_no_kernels_and_no_heavy_libraries():
+def test_importing_loads_no_more_than_loading_a_model_needs():
     program = (
         "import sys, hf_hadacore\n"
         "own = [module for name, module in sys.modules.items() if name.startswith('hf_hadacore.')]\n"
         "print(*(module.__name__ for module in own if {'triton', 'gluon'} & vars(module).keys()))\n"
-        "print(*({'datasets', 'matplotlib', 'lm_eval', 'typer'} & sys.modules.keys()))"
+        "print(*({'datasets', 'matplotlib', 'lm_eval', 'typer', 'hf_hadacore.offline'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_public_names_are_there():
+    for name in hf_hadacore.__all__:
+        assert getattr(hf_hadacore, name) is not None and name in dir(hf_hadacore)
+    with pytest.raises(AttributeError, match="no attribute 'quantise_checkpoint'"):
+        hf_hadacore.quantise_checkpoint  # noqa: B018
