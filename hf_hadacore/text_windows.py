@@ -1,4 +1,4 @@
-"""How a text becomes windows of tokens, to calibrate with and to evaluate on."""
+"""Which text, and how it becomes windows of tokens: to calibrate with and to evaluate on."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,3 +21,9 @@ def window_starts(most: int, count: int, length: int) -> list[int]:
         length: tokens of each.
     """
     return [most * i // count * length for i in range(count)]
+
+
+def parse_dataset(source: str) -> tuple[str, str | None, str | None]:
+    """Name, config and split of a hub dataset ``name[:config[:split]]``; None for what is not given."""
+    name, config, split = [*source.split(":"), "", ""][:3]
+    return name, config or None, split or None

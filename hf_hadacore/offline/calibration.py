@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import CalibrationError
-from ..text_windows import bos_token, window_starts
+from ..text_windows import bos_token, parse_dataset, window_starts
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
@@ -168,8 +168,8 @@ def _loading_options(calibration: Calibration) -> dict[str, Any]:
             f"{source}: is neither a file that ends in {', '.join(_BUILDERS)} nor a hub dataset "
             "name[:config[:split]]"
         )
-    name, config, split = [*source.split(":"), "", ""][:3]
-    return {"path": name, "name": config or None, "split": split or "train"}
+    name, config, split = parse_dataset(source)
+    return {"path": name, "name": config, "split": split or "train"}
 
 
 def _find_column(row: dict[str, Any], calibration: Calibration) -> str:
