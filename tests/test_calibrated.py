@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import OTHER_MODELS, rewrite, stored
+from checkpoint_cases import rewrite, stored
+from other_models import OTHER_MODELS
 from tiny_models import MOE, TINY_CONFIGS, VOCAB_SIZE, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -35,7 +36,7 @@ def recipe(act_order: bool | str = False, **options: Any) -> HadaCoreConfig:
 
 
 def quantize(src: Path, dst: Path, config: HadaCoreConfig | None = None, **options: Any) -> dict[str, Any]:
-    options = {"calibration": sample_tokens(), "progress": False, **options}
+    options = {"calibration": sample_tokens(), "progress": False, "rotation": "none", **options}
     return quantize_checkpoint(src, dst, config or recipe(), **options)
 
 

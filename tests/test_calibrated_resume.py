@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_cases import check_nothing_half_made_loads, digests, fail_at_call
 from test_calibrated import quantize, recipe, sample_tokens, save
-from test_checkpoint import check_nothing_half_made_loads, digests, fail_at_call
 
 from hf_hadacore.errors import CheckpointError
 from hf_hadacore.offline.calibrated import CalibratedSource
