@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.cli import app
 from hf_hadacore.errors import CheckpointError, EvaluationError
+from hf_hadacore.evaluation.evaluate import Loaded, Protocol, evaluate_checkpoint, evaluate_models
 from hf_hadacore.evaluation.multiple_choice import multiple_choice
 from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
-from hf_hadacore.evaluation.report import evaluate_checkpoint, read_evaluation
+from hf_hadacore.evaluation.report import read_evaluation
+from hf_hadacore.evaluation.speed import measure_speed
 from hf_hadacore.evaluation.text_source import read_text
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
@@ -124,6 +127,24 @@ def test_without_a_baseline_and_with_few_questions(src: Path, tmp_path: Path) ->
     assert report["tasks"]["trivia"]["metrics"]["acc"]["standard_error"] is None
 
 
+def test_speed(src: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(measure_speed, prompt_tokens=4, new_tokens=3, repeats=1)
+    monkeypatch.setattr("hf_hadacore.evaluation.evaluate.measure_speed", few)
+    out = tmp_path / "out.json"
+    arguments = ("--context", CONTEXT, "--windows", 2, "--device", "cpu", "--json", out, "--speed")
+    result = run(quantized, "--baseline", src, *arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report["command"].endswith(" --windows 2 --device cpu --speed")
+    model, baseline = report["speed"]["model"], report["speed"]["baseline"]
+    assert model["device"] == baseline["device"] == report["device"]
+    assert model["weight_bytes"] < baseline["weight_bytes"] and model["peak_bytes"] is None
+    (batch,) = model["batches"]
+    assert batch["batch"] == 1 and batch["tokens_per_second"] > 0 and batch["time_to_first_token"] > 0
+    assert "generate, tok/s, batch 1" in result.stdout
+    assert "greedy generate, prompts of 4 tokens, 3 new ones" in result.stdout
+
+
 def test_default_text_and_dtype(src: Path) -> None:
     result = run(src, "--context", CONTEXT, "--windows", 2, "--dtype", "float32", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -143,6 +164,29 @@ def test_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / f"{split}.jsonl").write_text('{"prose": "one", "id": 1}')
     with pytest.raises(EvaluationError, match="has no column 'text', but prose, id"):
         read_text(str(folder))
+
+
+def test_several_models_are_measured_as_one_by_one(
+    src: Path, quantized: Path, text: Path, tmp_path: Path
+) -> None:
+    """And their baseline once."""
+    write_task(tmp_path / "trivia.jsonl")
+    options: dict = dict(text=str(text), context=CONTEXT, windows=3, tasks=[str(tmp_path / "trivia.jsonl")])
+    protocol = Protocol.read(**options, progress=False)
+    models = [Loaded.load(str(quantized), device="cpu", attention=mode) for mode in (None, "fp8")]
+    baseline = Loaded.load(str(src), device="cpu")
+    passes: list[int] = []
+    baseline.model.register_forward_pre_hook(lambda *args: passes.append(1))
+    reports = evaluate_models(models, baseline, protocol)
+    first = next(reports)
+    counted = len(passes)
+    second = next(reports)
+    assert len(passes) == counted > 0 and next(reports, None) is None
+    for report, mode in ((first, None), (second, "fp8")):
+        alone = evaluate_checkpoint(
+            str(quantized), baseline=str(src), attention=mode, device="cpu", progress=False, **options
+        )
+        assert report == alone
 
 
 def test_reports_of_other_weights(src: Path, quantized: Path, text: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from tiny_models import make_model
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import EvaluationError
+from hf_hadacore.evaluation.evaluate import evaluate_checkpoint
 from hf_hadacore.evaluation.harness import run_tasks
 from hf_hadacore.evaluation.multiple_choice import multiple_choice
-from hf_hadacore.evaluation.report import evaluate_checkpoint
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the eval extra is not installed")

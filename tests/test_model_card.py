@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import CheckpointError, EvaluationError
-from hf_hadacore.evaluation.report import evaluate_checkpoint
+from hf_hadacore.evaluation.evaluate import evaluate_checkpoint
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.offline.licenses import find_license
@@ -136,22 +136,99 @@ def test_quality_is_that_of_the_evaluation(checkpoint: Path, evaluation: Path) -
     card = card_of(checkpoint, evaluations=[evaluation])
     report = json.loads(evaluation.read_text())
     text, (value, error) = report["perplexity"], report["perplexity"]["over_baseline"].values()
-    assert (
-        f"| perplexity | {text['value']:.3f} | {text['baseline']['value']:.3f} | {value:+.4f} ± {error:.4f}"
-        in card
-    )
+    assert "|  | src, bfloat16 | attention `sdpa` |\n| --- | ---: | ---: |\n" in card
+    assert f"| perplexity | {text['baseline']['value']:.3f} | {text['value']:.3f} |" in card
+    assert f"| nats per token over the original |  | {value:+.4f} ± {error:.4f} |" in card
     assert "155 tokens of words.txt, in 5 windows" in card
     accuracy = report["tasks"]["riddles"]["metrics"]["acc"]
-    assert f"| riddles acc | {accuracy['value']:.4f} ± {accuracy['standard_error']:.4f} |" in card
+    before = accuracy["baseline"]
+    assert (
+        f"| riddles acc | {before['value']:.4f} ± {before['standard_error']:.4f} "
+        f"| {accuracy['value']:.4f} ± {accuracy['standard_error']:.4f} |" in card
+    )
+    change = accuracy["over_baseline"]
+    assert f"| difference |  | {change['value']:+.4f} ± {change['standard_error']:.4f} |" in card
     assert f"{report['device']}; hf_hadacore" in card
     assert "`hadacore evaluate int4 --text words.txt`" in card
-    assert "Not measured yet" not in card
+    assert "Not measured yet" not in card and "## Speed" not in card
 
 
-def test_evaluations_in_the_folder_are_taken(checkpoint: Path, evaluation: Path) -> None:
-    for name in ("evaluation.json", "evaluation-fp8.json"):
-        (checkpoint / name).write_text(evaluation.read_text())
-    assert card_of(checkpoint).count("With attention `") == 2
+def other_attention(evaluation: Path, mode: str) -> dict[str, Any]:
+    """The same evaluation as if with 8-bit attention, a little worse."""
+    report = json.loads(evaluation.read_text())
+    report["command"] = f"hadacore evaluate int4 --attention {mode}"
+    report["model"]["attention"] = mode
+    report["perplexity"]["value"] += 1
+    return report
+
+
+def test_evaluations_in_the_folder_stand_side_by_side(checkpoint: Path, evaluation: Path) -> None:
+    (checkpoint / "evaluation.json").write_text(evaluation.read_text())
+    other = other_attention(evaluation, "fp8")
+    (checkpoint / "evaluation-fp8.json").write_text(json.dumps(other))
+    card = card_of(checkpoint)
+    first = json.loads(evaluation.read_text())["perplexity"]
+    assert "|  | src, bfloat16 | attention `sdpa` | attention `fp8` |" in card
+    values = (first["baseline"]["value"], first["value"], first["value"] + 1)
+    assert f"| perplexity | {' | '.join(f'{value:.3f}' for value in values)} |" in card
+    assert "`hadacore evaluate int4 --text words.txt`, `hadacore evaluate int4 --attention fp8`" in card
+
+
+@pytest.mark.parametrize("change", ["device", "windows", "baseline"])
+def test_what_was_measured_otherwise_stands_apart(checkpoint: Path, evaluation: Path, change: str) -> None:
+    other = other_attention(evaluation, "fp8")
+    if change == "device":
+        other["device"] = "an abacus"
+    elif change == "windows":
+        other["perplexity"]["windows"] = 4
+    else:
+        other["baseline"]["files"] = {"model.safetensors": "0" * 64}
+    reports = [json.loads(evaluation.read_text()), other]
+    card = render_card(report_of(checkpoint), reports, repo_id="int4", license_data={})
+    assert card.count("|  | src, bfloat16 | attention ") == 2
+    assert "|  | src, bfloat16 | attention `fp8` |\n" in card
+
+
+def with_speed(report: dict[str, Any], rate: float) -> dict[str, Any]:
+    def part(factor: float) -> dict[str, Any]:
+        batches = [
+            {"batch": 1, "tokens_per_second": rate * factor, "time_to_first_token": 0.0123},
+            {"batch": 8, "tokens_per_second": 9 * rate * factor, "time_to_first_token": 0.05},
+        ]
+        return {"device": "a GPU", "weight_bytes": 2_000_000, "peak_bytes": 3_000_000, "batches": batches}
+
+    speed = {"prompt_tokens": 128, "new_tokens": 64, "model": part(2), "baseline": part(1)}
+    return {**report, "speed": speed}
+
+
+def test_speed(checkpoint: Path, evaluation: Path) -> None:
+    reports = [
+        with_speed(json.loads(evaluation.read_text()), 50.5),
+        other_attention(evaluation, "int8-fp8"),
+        with_speed(other_attention(evaluation, "fp8"), 40.5),
+    ]
+    card = render_card(report_of(checkpoint), reports, repo_id="int4", license_data={})
+    speed = card[card.index("## Speed") : card.index("## Limits")]
+    assert "Greedy generate, prompts of 128 tokens, 64 new ones; a GPU.\n\n|  | src, bfloat16 |" in speed
+    assert "| src, bfloat16 | attention `sdpa` | attention `fp8` |\n| --- | ---: | ---: | ---: |" in speed
+    assert "| tokens per second, batch 1 | 50.5 | 101.0 | 81.0 |" in speed
+    assert "| tokens per second, batch 8 | 454.5 | 909.0 | 729.0 |" in speed
+    assert "| first token, ms, batch 1 | 12.3 | 12.3 | 12.3 |" in speed
+    assert "| weights in memory | 2.00 MB | 2.00 MB | 2.00 MB |" in speed
+    assert "| peak memory of the GPU | 3.00 MB | 3.00 MB | 3.00 MB |" in speed
+
+
+def test_an_evaluation_without_a_baseline(checkpoint: Path, evaluation: Path) -> None:
+    report = json.loads(evaluation.read_text()) | {"baseline": None}
+    for entry in (report["perplexity"], *report["tasks"]["riddles"]["metrics"].values()):
+        for key in ("baseline", "over_baseline", "kl", "top1_agreement"):
+            entry.pop(key, None)
+    card = render_card(report_of(checkpoint), [report], repo_id="int4", license_data={})
+    assert (
+        f"|  | attention `sdpa` |\n| --- | ---: |\n| perplexity | {report['perplexity']['value']:.3f} |"
+        in card
+    )
+    assert "difference |" not in card and "over the original" not in card
 
 
 def test_the_code_loads_it(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from hub_cases import copy_checkpoint, make_checkpoint
 from hub_server import card_problems
 from typer.testing import CliRunner, Result
 
-from hf_hadacore.evaluation.report import evaluate_checkpoint
+from hf_hadacore.evaluation.evaluate import evaluate_checkpoint
 
 
 def run(*arguments: object) -> Result:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_cases import word_tokenizer
+from evaluation_cases import random_words, word_tokenizer
 from tiny_models import make_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ from hf_hadacore.evaluation.multiple_choice import (
     read_items,
 )
 
-# Prefixes of 3, 2 and 3 tokens, of one to three choices of one to four tokens.
+# Questions of 3, 2, 3 and 3 tokens, of one to three choices of one to four tokens.
 ITEMS = [
     Item("w3 w4 w5 ", ["w6 w7 w8 w9", "w10", "w11 w12"], 1),
     Item("w3 w9", ["w6", "w7"], 0),
@@ -43,11 +43,13 @@ def words(text: str) -> list[int]:
 @pytest.mark.transformers_versions
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("batch_tokens", [8192, 1, 15])
+@pytest.mark.parametrize("step", [8, 2, 1])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_equals_plain_forward_passes(
-    monkeypatch: pytest.MonkeyPatch, name: str, batch_tokens: int, adds_bos: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, step: int, batch_tokens: int, adds_bos: bool
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(module, "_BATCH_TOKENS_CPU", batch_tokens)
+    monkeypatch.setattr(module, "_PREFIX_STEP", step)
     model = make_model(name, torch.float32)
     if name == "gemma3":
         model.config.sliding_window = 3  # shorter than the texts
@@ -56,6 +58,33 @@ def test_equals_plain_forward_passes(
         prefix = [0] * adds_bos + words(item.question)
         expected = [plain_log_likelihood(model, prefix, words(choice)) for choice in item.choices]
         assert values == pytest.approx(expected, rel=1e-5)
+
+
+def test_questions_of_like_lengths_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 to 15 tokens, and the same log-likelihoods as with one batch for each length."""
+    model, tokenizer = make_model("llama", torch.float32), word_tokenizer()
+    items = [
+        Item(random_words(8 + i, seed=i), ["w6 w7 w8 w9"[: 3 * j - 1] for j in (1, 4)], 0) for i in range(8)
+    ]
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)), with_kwargs=False)
+    found = log_likelihoods(model, tokenizer, items)
+    assert sizes == [(8, 8), (16, 7 + 4 - 1)]
+    monkeypatch.setattr(module, "_PREFIX_STEP", 1)
+    expected = log_likelihoods(model, tokenizer, items)
+    assert len(sizes) == 2 + 2 * 8
+    for values, others in zip(found, expected, strict=True):
+        assert values == pytest.approx(others, rel=1e-5)
+
+
+def test_batches_have_a_bounded_number_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", torch.float32)
+    items = [Item("w3 w4", ["w5 w6", "w7 w8"], 0)] * 6
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    monkeypatch.setattr(module, "_BATCH_LOGITS", 8 * model.config.vocab_size)  # two items of 2 x 2 tokens
+    log_likelihoods(model, word_tokenizer(), items)
+    assert passes == [2, 4] * 3
 
 
 def test_choices_of_one_token_need_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,9 @@ def evaluate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation; default: the checkpoint's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of lm-eval's tasks.")] = 8,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure tokens per second, time to first token and memory, too.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write the results as JSON.")
     ] = None,
@@ -58,7 +61,8 @@ def evaluate(
     import torch
     from transformers.utils import logging
 
-    from ..evaluation.report import describe_evaluation, evaluate_checkpoint
+    from ..evaluation.evaluate import evaluate_checkpoint
+    from ..evaluation.report import describe_evaluation
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise EvaluationError(f"{json_file}: there is no folder {json_file.absolute().parent}")
@@ -76,6 +80,7 @@ def evaluate(
         "baseline_device": baseline_device,
         "dtype": dtype,
         "batch_size": batch_size,
+        "speed": speed,
     }
     logging.disable_progress_bar()
     try:
@@ -97,10 +102,17 @@ def _command(folder: str, options: dict[str, Any]) -> str:
     """The command that was given, without the folders of this machine and what has its default."""
     words = ["hadacore evaluate", _without_folders(folder)]
     for name, value in options.items():
-        if value in (None, []) or (name, value) in (("context", 1024), ("batch_size", 8)):
+        if (
+            value is None
+            or value is False
+            or value == []
+            or (name, value) in (("context", 1024), ("batch_size", 8))
+        ):
             continue
-        parts = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", ",".join(_without_folders(str(part)) for part in parts)]
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            parts = value if isinstance(value, list) else [value]
+            words.append(",".join(_without_folders(str(part)) for part in parts))
     return " ".join(words)
 
 

@@ -18,7 +18,11 @@ from ..errors import EvaluationError
 from ..text_windows import bos_token
 from .perplexity import Estimate, fp32_logits
 
-_BATCH_TOKENS = 8192
+# Prefixes are cut to a multiple of so many tokens: the fewer lengths there are, the larger batches can be.
+_PREFIX_STEP = 8
+_BATCH_TOKENS = 65536
+_BATCH_TOKENS_CPU = 8192  # a CPU gains nothing from larger ones
+_BATCH_LOGITS = 2**30
 _NO_TOKEN = -100  # what cross_entropy gives a loss of 0
 
 
@@ -59,10 +63,17 @@ class MultipleChoice(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """An item in tokens: what its choices share, and the rest of each."""
+    """An item in tokens.
+
+    Attributes:
+        prefix: of the question, as much as is computed once.
+        rests: for each choice what follows the prefix.
+        unscored: tokens at the beginning of each rest that are still the question's.
+    """
 
     prefix: list[int]
     rests: list[list[int]]
+    unscored: int
 
     @property
     def longest(self) -> int:
@@ -115,9 +126,9 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """The log-likelihood of every choice after its question, in nats.
 
-    The text is the question, a space unless there is one, and the choice. A question is computed once and
-    its cache repeated for the choices, 8-bit if the model's attention is; questions of as many tokens share
-    a batch, so that none is padded.
+    The text is the question, a space unless there is one, and the choice. A question is computed once, but
+    for its last few tokens, and its cache repeated for the choices, 8-bit if the model's attention is; so
+    questions of about as many tokens share a batch, and none is padded.
 
     Args:
         model: a causal language model.
@@ -131,7 +142,7 @@ def log_likelihoods(
     encoded = _encode(tokenizer, items)
     result: list[list[float]] = [[] for _ in items]
     with fp32_logits(model), tqdm(total=len(items), desc="choices", disable=not progress, leave=False) as bar:
-        for batch in _batches(encoded):
+        for batch in _batches(encoded, model):
             scores = iter(_score(model, [encoded[i] for i in batch]).tolist())
             for i in batch:
                 result[i] = [next(scores) for _ in encoded[i].rests]
@@ -166,10 +177,10 @@ def _best(values: list[float]) -> int:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[_Encoded]:
-    """What the choices share never reaches beyond the question, spaces at its end not counted.
+    """What is not scored never reaches beyond the question, spaces at its end not counted.
 
     Those are tokens of the choices, as in lm-eval. A tokenizer that merges a question's end with a choice
-    makes what they share shorter.
+    makes what the choices share shorter.
     """
     bos = bos_token(tokenizer)
     start = [] if bos is None else [bos]
@@ -188,7 +199,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[_
         shared = sum(1 for _ in takewhile(_all_equal, zip(stem, *choices, strict=False)))
         if not start and shared == 0:
             raise EvaluationError(f"the choices of {item.question!r} do not start with the question's tokens")
-        encoded.append(_Encoded(start + choices[0][:shared], [choice[shared:] for choice in choices]))
+        length = len(start) + shared
+        # A short one stays whole: an 8-bit cache takes the mean of its keys.
+        cut = length - length % _PREFIX_STEP or length
+        wholes_of_item = [start + choice for choice in choices]
+        encoded.append(_Encoded(wholes_of_item[0][:cut], [w[cut:] for w in wholes_of_item], length - cut))
     return encoded
 
 
@@ -196,15 +211,21 @@ def _all_equal(tokens: tuple[int, ...]) -> bool:
     return len(set(tokens)) == 1
 
 
-def _batches(encoded: Sequence[_Encoded]) -> Iterator[list[int]]:
-    """Indices of items with prefixes of one length, choices of like lengths, `_BATCH_TOKENS` in all."""
+def _batches(encoded: Sequence[_Encoded], model: PreTrainedModel) -> Iterator[list[int]]:
+    """Indices of items with prefixes of one length, and rests of like lengths.
+
+    A batch has at most `_BATCH_TOKENS`, padding included, and `_BATCH_LOGITS`, unless it is a single item.
+    """
+    most_tokens = _BATCH_TOKENS_CPU if model.device.type == "cpu" else _BATCH_TOKENS
+    most_scored = _BATCH_LOGITS // model.config.get_text_config(decoder=True).vocab_size
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prefix), encoded[i].longest))
     for length, indices in groupby(order, key=lambda i: len(encoded[i].prefix)):
         batch: list[int] = []
         rows = 0
         for i in indices:
             rows += len(encoded[i].rests)
-            if batch and rows * (length + encoded[i].longest) > _BATCH_TOKENS:
+            longest = encoded[i].longest
+            if batch and (rows * (length + longest) > most_tokens or rows * longest > most_scored):
                 yield batch
                 batch, rows = [], len(encoded[i].rests)
             batch.append(i)
@@ -220,17 +241,19 @@ def _score(model: PreTrainedModel, batch: Sequence[_Encoded]) -> torch.Tensor:
         batch_first=True,
         padding_value=_NO_TOKEN,
     ).to(device)
-    owners = torch.arange(len(batch), device=device).repeat_interleave(
-        torch.tensor([len(item.rests) for item in batch], device=device)
-    )
+    choices = torch.tensor([len(item.rests) for item in batch], device=device)
+    owners = torch.arange(len(batch), device=device).repeat_interleave(choices)
+    unscored = torch.tensor([item.unscored for item in batch], device=device)[owners]
+    is_question = torch.arange(rests.shape[1], device=device) < unscored[:, None]
+    targets = rests.masked_fill(is_question, _NO_TOKEN)
     quantized = attention_mode(model.config) is not None
     cache: Any = HadaCoreCache(model.config) if quantized else DynamicCache(config=model.config)
     logits = model(prefix, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].to(device)
-    nll = cross_entropy(logits[owners].float(), rests[:, 0], reduction="none")
+    nll = cross_entropy(logits[owners].float(), targets[:, 0], reduction="none")
     if rests.shape[1] > 1:
         cache.batch_select_indices(owners)
         # What follows a choice's end is never read: later tokens do not change earlier ones.
         logits = model(rests[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits.to(device)
-        losses = cross_entropy(logits.flatten(0, 1).float(), rests[:, 1:].flatten(), reduction="none")
+        losses = cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(), reduction="none")
         nll = nll + losses.view(len(rests), -1).sum(dim=1)
     return -nll

@@ -1,115 +1,27 @@
 """What an evaluation finds out about a checkpoint, as JSON that can be compared with other runs."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .._version import __version__
 from ..attention.kv_cache import attention_mode
-from ..errors import CheckpointError, EvaluationError
+from ..errors import EvaluationError
 from ..inspection import format_size
 from ..integrity import checkpoint_files, verify_files
 from ..offline.checkpoint import find_source
-from ..pretrained import load_pretrained
-from .harness import require_lm_eval, run_tasks
-from .multiple_choice import Item, multiple_choice, read_items
-from .perplexity import Estimate, Perplexity, compare, encode, paired_difference, perplexity
+from .perplexity import Comparison, Estimate, Perplexity, paired_difference
+from .speed import Speed
 from .task_result import TaskResult
-from .text_source import Text, read_text
 
 SCHEMA = "hadacore-evaluation/1"
-
-_DEFAULT_WINDOWS = 20
-_PACKAGES = ("transformers", "torch")
-
-
-def evaluate_checkpoint(
-    folder: str,
-    *,
-    baseline: str | None = None,
-    text: str | None = None,
-    context: int = 1024,
-    windows: int | None = None,
-    tasks: Sequence[str] = (),
-    few_shot: int | None = None,
-    limit: int | None = None,
-    attention: str | None = None,
-    device: str | None = None,
-    baseline_device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure the quality of a checkpoint: perplexity and tasks, beside a baseline's.
-
-    Args:
-        folder: a checkpoint's folder or a model id.
-        baseline: of the model to compare with, usually the full-precision one; in memory at the same time.
-        text: for perplexity; see `read_text`. None takes its default, or no text at all if there are tasks.
-        context: tokens of a window.
-        windows: how many, spread over the text; None takes 20, or as many as there are.
-        tasks: .jsonl files (see `read_items`), and tasks of lm-eval (see `run_tasks`).
-        few_shot: examples before each question of lm-eval's tasks; None for the task's own number.
-        limit: questions of each task, the first ones; None for all.
-        attention: "fp8" or "int8-fp8", of the checkpoint, not of the baseline; None for the checkpoint's.
-        device, baseline_device, dtype: as for `load_pretrained`; `dtype` is for both.
-        batch_size: sequences at a time, of lm-eval's tasks.
-        progress: show progress bars.
-
-    Returns:
-        The report; docs/evaluation.md describes it.
-
-    Raises:
-        CheckpointError, ConfigError: as `load_pretrained`.
-        EvaluationError: a text or a task cannot be read, or is too short; the baseline is another model.
-        MissingPackageError: a task needs lm-eval.
-    """
-    prose = read_text(text) if text is not None or not tasks else None
-    questions = {task: read_items(task)[:limit] for task in tasks if task.endswith(".jsonl")}
-    by_name = [task for task in tasks if task not in questions]
-    if by_name:
-        require_lm_eval()
-    model, tokenizer = load_pretrained(folder, device=device, dtype=dtype, attention=attention)
-    models = [(model, tokenizer)]
-    if baseline is not None:
-        place = baseline_device or device
-        models.append(load_pretrained(baseline, device=place, dtype=dtype))
-        _check_pair(folder, baseline, models)
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name(model.device),
-        "versions": _versions(with_lm_eval=bool(by_name)),
-        "model": _describe_model(folder, model),
-        "baseline": None if baseline is None else _describe_model(baseline, models[1][0]),
-    }
-    if prose is not None:
-        report["perplexity"] = _measure_perplexity(models, prose, context, windows, progress)
-    if tasks:
-        report["tasks"] = {}
-    for task, items in questions.items():
-        found = [answer_questions(*pair, items, progress) for pair in models]
-        digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
-        report["tasks"][Path(task).stem] = {"sha256": digest, **task_entry(found)}
-    if by_name:
-        results = [
-            run_tasks(*pair, by_name, few_shot=few_shot, limit=limit, batch_size=batch_size)
-            for pair in models
-        ]
-        for name in results[0]:
-            found = [result[name] for result in results]
-            report["tasks"][name] = {"few_shot": few_shot, **task_entry(found)}
-    return report
 
 
 def read_evaluation(file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -148,7 +60,18 @@ def describe_evaluation(report: Mapping[str, Any]) -> str:
         lines.append(
             f"{text['tokens']:,} tokens of {text['text']}, {text['windows']} windows; {report['device']}"
         )
+    if speed := report.get("speed"):
+        lines.append(describe_speed(speed))
     return "\n".join(lines)
+
+
+def describe_speed(speed: Mapping[str, Any]) -> str:
+    """Of what a report's speeds are, and where they were measured."""
+    devices = {part["device"]: None for part in (speed["model"], speed["baseline"]) if part}
+    return (
+        f"greedy generate, prompts of {speed['prompt_tokens']} tokens, {speed['new_tokens']} new ones; "
+        + " and ".join(devices)
+    )
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -158,17 +81,45 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["size", *(format_size(part["bytes"]) if part else "" for part in (model, baseline)), ""])
     rows.append(["attention", *(part["attention"] if part else "" for part in (model, baseline)), ""])
     if text := report.get("perplexity"):
-        change = _signed(text["over_baseline"], 4) + " nats per token" if baseline else ""
+        change = format_signed(text["over_baseline"], 4) + " nats per token" if baseline else ""
         other = f"{text['baseline']['value']:.3f}" if baseline else ""
         rows.append(["perplexity", f"{text['value']:.3f}", other, change])
         if baseline:
-            rows.append(["KL divergence", "", "", f"{_plain(text['kl'], 4)} nats per token"])
-            rows.append(["same likeliest token", "", "", f"{_plain(text['top1_agreement'], 2, 100)} %"])
+            rows.append(["KL divergence", "", "", f"{format_estimate(text['kl'], 4)} nats per token"])
+            rows.append(
+                ["same likeliest token", "", "", f"{format_estimate(text['top1_agreement'], 2, 100)} %"]
+            )
     for name, task in report.get("tasks", {}).items():
         for metric, entry in task["metrics"].items():
-            other = _plain(entry["baseline"], 4) if "baseline" in entry else ""
-            change = _signed(entry["over_baseline"], 4) if "over_baseline" in entry else ""
-            rows.append([f"{name} {metric}", _plain(entry, 4), other, change])
+            other = format_estimate(entry["baseline"], 4) if "baseline" in entry else ""
+            change = format_signed(entry["over_baseline"], 4) if "over_baseline" in entry else ""
+            rows.append([f"{name} {metric}", format_estimate(entry, 4), other, change])
+    return rows + speed_rows(report)
+
+
+def speed_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The speeds of a report for people, in the columns of `evaluation_rows`; none if there are none."""
+    if (speed := report.get("speed")) is None:
+        return []
+    model, baseline = speed["model"], speed["baseline"]
+    # Batches depend on the device.
+    others = {one["batch"]: one for one in baseline["batches"]} if baseline else {}
+    rows = []
+    for one in model["batches"]:
+        other = others.get(one["batch"])
+        title = f"batch {one['batch']}"
+        for name, key, scale in (
+            ("generate, tok/s", "tokens_per_second", 1),
+            ("first token, ms", "time_to_first_token", 1e3),
+        ):
+            values = [f"{part[key] * scale:,.1f}" if part else "" for part in (one, other)]
+            ratio = f"{one[key] / other[key]:.2f}x" if other else ""
+            rows.append([f"{name}, {title}", *values, ratio])
+    for name, key in (("weights in memory", "weight_bytes"), ("peak memory", "peak_bytes")):
+        values = [format_size(part[key]) if part and part[key] else "" for part in (model, baseline)]
+        ratio = f"{model[key] / baseline[key]:.2f}x" if all(values) else ""
+        if any(values):
+            rows.append([name, *values, ratio])
     return rows
 
 
@@ -185,85 +136,102 @@ def as_json(estimate: Estimate) -> dict[str, float | None]:
     return {"value": value, "standard_error": error}
 
 
-def answer_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], progress: bool = True
-) -> TaskResult:
-    """`multiple_choice`, with the names that lm-eval has for its metrics.
+def format_estimate(entry: Mapping[str, Any], digits: int, scale: int = 1) -> str:
+    """An estimate of a report for people, with its error if that is known.
 
     Args:
-        model, tokenizer, items, progress: as there.
+        entry: as `as_json` makes it.
+        digits: behind the point.
+        scale: 100 for percent.
     """
-    result = multiple_choice(model, tokenizer, items, progress=progress)
-    return TaskResult(
-        len(items),
-        {"acc": result.accuracy, "acc_norm": result.normalized_accuracy},
-        {"acc": result.correct.double(), "acc_norm": result.correct_normalized.double()},
-    )
+    return f"{entry['value'] * scale:.{digits}f}{_error(entry, digits, scale)}"
 
 
-def task_entry(found: Sequence[TaskResult]) -> dict[str, Any]:
-    """A result in a report.
+def format_signed(entry: Mapping[str, Any], digits: int) -> str:
+    """A difference of a report for people.
 
     Args:
-        found: of the model, and of the baseline if there is one.
+        entry, digits: as for `format_estimate`.
     """
-    metrics: dict[str, Any] = {name: as_json(estimate) for name, estimate in found[0].metrics.items()}
-    for other in found[1:]:
-        changes = found[0].over(other)
+    return f"{entry['value']:+.{digits}f}{_error(entry, digits)}"
+
+
+def perplexity_entry(
+    found: Perplexity, expected: Perplexity | None = None, comparison: Comparison | None = None
+) -> dict[str, Any]:
+    """A perplexity in a report.
+
+    Args:
+        found: of the model.
+        expected: of the baseline, if there is one.
+        comparison: of both.
+    """
+    entry = _nll_entry(found)
+    if expected is None or comparison is None:
+        return entry
+    return entry | {
+        "baseline": _nll_entry(expected),
+        "over_baseline": as_json(paired_difference(found, expected)),
+        "kl": as_json(comparison.kl),
+        "top1_agreement": as_json(comparison.top1_agreement),
+    }
+
+
+def task_entry(found: TaskResult, expected: TaskResult | None = None) -> dict[str, Any]:
+    """A task's result in a report.
+
+    Args:
+        found: of the model.
+        expected: of the baseline, if there is one.
+    """
+    metrics: dict[str, Any] = {name: as_json(estimate) for name, estimate in found.metrics.items()}
+    if expected is not None:
+        changes = found.over(expected)
         for name, entry in metrics.items():
-            entry["baseline"] = as_json(other.metrics[name])
+            entry["baseline"] = as_json(expected.metrics[name])
             if name in changes:
                 entry["over_baseline"] = as_json(changes[name])
-    return {"items": found[0].items, "metrics": metrics}
+    return {"items": found.items, "metrics": metrics}
 
 
-def _measure_perplexity(
-    models: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-    text: Text,
-    context: int,
-    windows: int | None,
-    progress: bool,
-) -> dict[str, Any]:
-    model, tokenizer = models[0]
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context < 2 or (longest is not None and context > longest):
-        raise EvaluationError(
-            f"context must be 2 to {longest} tokens, the longest of the model, got {context}"
-        )
-    ids, bos = encode(tokenizer, text.content)
-    if windows is None:
-        windows = max(1, min(_DEFAULT_WINDOWS, len(ids) // (context - (bos is not None))))
-    options: dict[str, Any] = dict(bos=bos, context=context, windows=windows, progress=progress)
-    entry: dict[str, Any] = {
-        "text": text.name,
-        "text_sha256": text.sha256,
-        "context": context,
-        "windows": windows,
-        "tokens": windows * (context - 1),
-    }
-    if len(models) == 1:
-        return entry | _nll_entry(perplexity(model, ids, **options))
-    expected, (found,) = compare([model], models[1][0], ids, **options)
-    return entry | {
-        **_nll_entry(found.perplexity),
-        "baseline": _nll_entry(expected),
-        "over_baseline": as_json(paired_difference(found.perplexity, expected)),
-        "kl": as_json(found.kl),
-        "top1_agreement": as_json(found.top1_agreement),
-    }
+def speed_entry(found: tuple[str, Speed], expected: tuple[str, Speed] | None = None) -> dict[str, Any]:
+    """Speeds in a report.
 
+    Args:
+        found: the device's name, and what was measured there of the model.
+        expected: the same of the baseline, if there is one.
+    """
 
-def _nll_entry(result: Perplexity) -> dict[str, Any]:
-    by_window = result.token_nll.double().mean(dim=1)
+    def part(device: str, speed: Speed) -> dict[str, Any]:
+        return {
+            "device": device,
+            "weight_bytes": speed.weight_bytes,
+            "peak_bytes": speed.peak_bytes,
+            "batches": [
+                {
+                    "batch": one.batch,
+                    "tokens_per_second": round(one.tokens_per_second, 1),
+                    "time_to_first_token": round(one.time_to_first_token, 5),
+                }
+                for one in speed.batches
+            ],
+        }
+
     return {
-        "value": round(result.perplexity, 6),
-        "nll": as_json(Estimate.of(by_window)),
-        "nll_by_window": [round(nll, 6) for nll in by_window.tolist()],
+        "prompt_tokens": found[1].prompt_tokens,
+        "new_tokens": found[1].new_tokens,
+        "model": part(*found),
+        "baseline": None if expected is None else part(*expected),
     }
 
 
-def _describe_model(source: str, model: PreTrainedModel) -> dict[str, Any]:
-    """Name, recipe, and what tells the checkpoint from all others."""
+def describe_model(source: str, model: PreTrainedModel) -> dict[str, Any]:
+    """A model in a report: name, recipe, and what tells the checkpoint from all others.
+
+    Args:
+        source: a folder or a model id.
+        model: loaded from there.
+    """
     folder = find_source(source)
     recipe = getattr(model.config, "quantization_config", None)
     mode = attention_mode(model.config)
@@ -278,6 +246,15 @@ def _describe_model(source: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _nll_entry(result: Perplexity) -> dict[str, Any]:
+    by_window = result.token_nll.double().mean(dim=1)
+    return {
+        "value": round(result.perplexity, 6),
+        "nll": as_json(Estimate.of(by_window)),
+        "nll_by_window": [round(nll, 6) for nll in by_window.tolist()],
+    }
+
+
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the weight files: what the Hub calls their LFS oid."""
     digests = {}
@@ -285,34 +262,6 @@ def _digests(folder: Path) -> dict[str, str]:
         with open(file, "rb") as stream:
             digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
-
-
-def _check_pair(
-    folder: str, baseline: str, models: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-) -> None:
-    vocabularies = [tokenizer.get_vocab() for _, tokenizer in models]
-    sizes = [model.config.get_text_config(decoder=True).vocab_size for model, _ in models]
-    if vocabularies[0] != vocabularies[1] or sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"{baseline}: has another vocabulary than {folder}; a baseline is another form of the same model"
-        )
-
-
-def _versions(*, with_lm_eval: bool) -> dict[str, str]:
-    packages = (*_PACKAGES, "lm_eval") if with_lm_eval else _PACKAGES
-    return {
-        "hf_hadacore": __version__,
-        **{package: importlib.metadata.version(package) for package in packages},
-        "python": platform.python_version(),
-    }
-
-
-def _plain(entry: Mapping[str, Any], digits: int, scale: int = 1) -> str:
-    return f"{entry['value'] * scale:.{digits}f}{_error(entry, digits, scale)}"
-
-
-def _signed(entry: Mapping[str, Any], digits: int) -> str:
-    return f"{entry['value']:+.{digits}f}{_error(entry, digits)}"
 
 
 def _error(entry: Mapping[str, Any], digits: int, scale: int = 1) -> str:

@@ -14,10 +14,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import HadaCoreConfig
 from ..errors import CheckpointError, EvaluationError
-from ..evaluation.report import evaluation_rows, read_evaluation
+from ..evaluation.report import read_evaluation
 from ..inspection import format_size
 from ..offline.licenses import find_license
 from ..offline.staging import REPORT_NAME
+from .measurements import measured_sections
 
 CARD_NAME = "README.md"
 EVALUATION_PATTERN = "evaluation*.json"
@@ -123,7 +124,7 @@ def render_card(
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{REPORT_NAME}: is no report of hadacore quantize: {error!r}") from None
     try:
-        quality = [_quality(evaluation) for evaluation in evaluations]
+        sections = measured_sections(evaluations)
         results = [result for evaluation in evaluations for result in _eval_results(evaluation)]
     except (KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"an evaluation lacks what all have: {error!r}") from None
@@ -139,7 +140,7 @@ def render_card(
         eval_results=results or None,
     )
     template = files(__package__).joinpath("templates/model_card.md.jinja").read_text("utf-8")
-    content |= {"repo_id": repo_id, "quality": quality, "license_data": license_data, "note": note}
+    content |= {"repo_id": repo_id, "sections": sections, "license_data": license_data, "note": note}
     card = ModelCard.from_template(data, template_str=template, **content)
     text = f"{str(card).rstrip()}\n\n"
     return f"{text}<!-- hadacore card, sha256 of what is above: {_digest(text)} -->\n"
@@ -222,20 +223,6 @@ def _kept(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, s
         groups.setdefault((pattern, entry["reason"]), []).append(entry["share"])
     rows = [(pattern, len(shares), sum(shares), reason) for (pattern, reason), shares in groups.items()]
     return sorted(rows, key=lambda row: -row[2])[:_MAX_PATTERNS]
-
-
-def _quality(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """A section about quality."""
-    text = evaluation.get("perplexity")
-    return {
-        "attention": evaluation["model"]["attention"],
-        "rows": evaluation_rows(evaluation),
-        "text": text and f"{text['tokens']:,} tokens of {text['text']}, in {text['windows']} windows",
-        "device": evaluation["device"],
-        "date": evaluation["date"],
-        "versions": ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items()),
-        "command": evaluation.get("command"),
-    }
 
 
 def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
