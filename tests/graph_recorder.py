@@ -60,7 +60,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Stands in for `hf_hadacore.decode_graph.CudaCapture.capture`."""
+    """Stands in for `hf_hadacore.decoding.graph.CudaCapture.capture`."""
     recorder = _Recorder()
     with recorder:
         outputs = function()
@@ -93,7 +93,7 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[
 
 
 class CountedCaptures:
-    """Stands in for `hf_hadacore.decode_graph.CudaCapture`, and counts."""
+    """Stands in for `hf_hadacore.decoding.graph.CudaCapture`, and counts."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0

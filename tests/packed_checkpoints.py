@@ -4,17 +4,34 @@ Written from the formats' definitions, a nibble at a time, so that the conversio
 with them.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from checkpoint_cases import change_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What `config.json` says of them.
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+def compressed(group_size: int, *, symmetric: bool, **more: Any) -> dict[str, Any]:
+    strategy = (
+        {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    )
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, **strategy, **more}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
 
 
 class Grid(NamedTuple):
@@ -113,11 +130,6 @@ def write_packed(
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, quantization_config=recipe)
     return plain
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def random_grids(folder_model: PreTrainedModel, group_size: int, **options: Any) -> dict[str, Grid]:

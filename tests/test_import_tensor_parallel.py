@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_checkpoints import gptq_tensors, random_grids, write_packed
+from packed_checkpoints import GPTQ, gptq_tensors, random_grids, write_packed
 from rank_processes import run_every_rank
 from tiny_models import token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 from hf_hadacore.interchange.importing import import_checkpoint
-
-RECIPE = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
 
 
 def logits_of_a_rank(folder: Path, ranks: int) -> torch.Tensor:
@@ -37,7 +35,7 @@ def test_act_order_divided_among_ranks(tmp_path: Path) -> None:
         dtype=torch.float16,
     )
     grids = random_grids(model, 32, symmetric=True, act_order=True)
-    write_packed(tmp_path / "src", model, grids, gptq_tensors, RECIPE)
+    write_packed(tmp_path / "src", model, grids, gptq_tensors, {**GPTQ, "desc_act": True})
     import_checkpoint(tmp_path / "src", tmp_path / "dst", tensor_parallel=True, progress=False)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype=torch.float32)(

@@ -1,5 +1,7 @@
 """Tiny models whose greedy texts depend on all they have seen, for comparisons of generated tokens."""
 
+from typing import Any
+
 import torch
 from tiny_models import TINY_CONFIGS, make_model, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,3 +44,8 @@ def left_padded(batch: int = 3) -> dict[str, torch.Tensor]:
     for row in range(batch):
         mask[row, : 3 * row] = 0
     return {"inputs": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def plain(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """transformers' own `generate`."""
+    return model.generate(ids, disable_compile=True, **options)
