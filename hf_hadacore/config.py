@@ -25,6 +25,7 @@ _BOOL_OPTIONS = (
     "cuda_graphs",
 )
 _OVERRIDE_OPTIONS = ("group_size", "symmetric", "skip")
+_STREAM_ROTATION = {"embedding": str, "norm": str, "gain_offset": float}
 _MAX_PATTERN_LENGTH = 256
 
 
@@ -72,6 +73,8 @@ class HadaCoreConfig(QuantizationConfigMixin):
         dequantize: load a quantized checkpoint as an ordinary full-precision model.
         input_permutations: regexes (as in `overrides`) of the modules whose columns are stored in an order of
             their own, which the checkpoint holds as `input_perm`; written for you.
+        stream_rotation: `{"embedding": name, "norm": name, "gain_offset": number}`, the modules between which
+            the residual stream is rotated at run time (see `modules.stream_rotation`); written for you.
         cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
             `hf_hadacore.decoding.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.
@@ -96,6 +99,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         cuda_graphs: bool = True,
         input_permutations: list[str] | None = None,
+        stream_rotation: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -117,6 +121,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self.cuda_graphs = cuda_graphs
         self.input_permutations = [] if input_permutations is None else input_permutations
+        self.stream_rotation = stream_rotation
         self.validate()
 
     def validate(self) -> None:
@@ -153,7 +158,21 @@ class HadaCoreConfig(QuantizationConfigMixin):
             _check_choice("attention", self.attention, _ATTENTION_MODES)
         self.modules_to_not_convert = _check_names("modules_to_not_convert", self.modules_to_not_convert)
         self.input_permutations = _check_names("input_permutations", self.input_permutations)
+        self._check_stream_rotation()
         self._check_overrides()
+
+    def _check_stream_rotation(self) -> None:
+        value = self.stream_rotation
+        if value is None:
+            return
+        if (
+            not isinstance(value, dict)
+            or {key: type(v) for key, v in value.items()} != _STREAM_ROTATION
+        ):
+            raise ConfigError(
+                "stream_rotation must be a dict with embedding and norm, names of modules, and gain_offset, a "
+                f"float, got {value!r}"
+            )
 
     def _check_overrides(self) -> None:
         if not isinstance(self.overrides, dict):

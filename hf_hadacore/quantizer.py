@@ -17,6 +17,7 @@ from .fusion.fuse import fuse, joined_layers, unfuse
 from .layer_plan import LayerPlan, plan_layers
 from .modules.experts import HadaCoreExperts, dequantize_experts, swap_experts
 from .modules.linear import HadaCoreLinear
+from .modules.stream_rotation import StreamRotation, fold_stream_rotation, rotate_stream
 from .parallel.tensor_parallel import complete_plan, keep_local, tensor_parallel_size
 from .solvers.rtn import quantize_weight
 
@@ -238,6 +239,8 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             if name.endswith("_scale") and not parameter.is_meta and not parameter.isfinite().all():
                 raise CheckpointError(f"{name} holds NaN or infinite scales; the checkpoint is damaged")
         compat.drop_converters_of(model, [name for name, _ in _int4_parameters(model)])
+        if self.quantization_config.stream_rotation is not None:
+            rotate_stream(model, StreamRotation(**self.quantization_config.stream_rotation))
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         if self._plan.tied_head is not None:
@@ -268,6 +271,8 @@ class HadaCoreHfQuantizer(compat.Quantizer):
                 dequantize_experts(module, resolved)
             else:
                 _replace_module(model, name, module.dequantize(resolved))
+        if self.quantization_config.stream_rotation is not None:
+            fold_stream_rotation(model, StreamRotation(**self.quantization_config.stream_rotation))
         compat.restore_converters(model)
         unfuse(model)
         disable_cuda_graphs(model)
@@ -356,10 +361,9 @@ def _refuse_offline_options(config: HadaCoreConfig) -> None:
             f"method={config.method!r} needs calibration data: quantize offline (hadacore quantize --method "
             f'{config.method} SRC DST) and load DST, or use method="rtn"'
         )
-    if config.input_permutations:
-        raise ConfigError(
-            "input_permutations describes a quantized checkpoint; this one is in full precision"
-        )
+    for option in ("input_permutations", "stream_rotation"):
+        if getattr(config, option):
+            raise ConfigError(f"{option} describes a quantized checkpoint; this one is in full precision")
 
 
 def _owner(model: nn.Module, param_name: str) -> tuple[Any, str]:

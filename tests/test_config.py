@@ -48,6 +48,7 @@ def test_saved_form_spells_every_value_out():
         "dequantize": False,
         "cuda_graphs": True,
         "input_permutations": [],
+        "stream_rotation": None,
     }
 
 

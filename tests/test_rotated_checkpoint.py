@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import rewrite, stored
+from checkpoint_cases import rewrite, stored
 from test_cli import run
 from tiny_models import VOCAB_SIZE, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hadacore import HadaCoreConfig
-from hf_hadacore.errors import CheckpointError, UnsupportedError
+from hf_hadacore.errors import CheckpointError, ConfigError, UnsupportedError
+from hf_hadacore.interchange.exporting import export_checkpoint
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.offline.layer_solver import LayerSolver
 from hf_hadacore.offline.rotation_search import rotate_model
@@ -33,17 +34,26 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
+def read(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS[:2]).logits
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama-tied", "r1r2"), ("llama", "r1"), ("gemma3", "r2"), ("qwen3-moe", "r1r2"), ("gpt-oss", "r1r2")],
+    [("llama-tied", "r2"), ("llama", "r1"), ("gemma3", "r2"), ("qwen3-moe", "r1r2"), ("gpt-oss", "r1r2")],
 )
 def test_equals_quantizing_the_rotated_model(tmp_path: Path, name: str, kind: str, method: str) -> None:
     src = save(make_model(name), tmp_path / "src")
     rotated = save(rotate_model(make_model(name), kind), tmp_path / "rotated")
     report = quantize(src, tmp_path / "int4", method, rotation=kind)
     assert report["rotation"] == kind
-    quantize(rotated, tmp_path / "expected", method)
+    quantize(rotated, tmp_path / "expected", method, rotation="none")
     found, expected = stored(tmp_path / "int4"), stored(tmp_path / "expected")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -52,16 +62,104 @@ def test_equals_quantizing_the_rotated_model(tmp_path: Path, name: str, kind: st
     assert configs[0] == configs[1]
 
 
-def test_the_result_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
-    model = make_model("llama-tied")
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_tied_ends_stay_as_they_are(tmp_path: Path, method: str) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", method, rotation="r1r2")
+    rotated = save(rotate_model(make_model("llama-tied"), "r1r2"), tmp_path / "rotated")
+    quantize(rotated, tmp_path / "untied", method, rotation="none")
+    found, expected, source = (stored(tmp_path / folder) for folder in ("int4", "untied", "src"))
+    ends = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert found.keys() == source.keys() | {key for key in expected if key.endswith(("_scale", "_zero"))}
+    for key, value in found.items():
+        if key in ends:
+            assert torch.equal(value, source[key])
+        elif method == "rtn":
+            assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_the_result_computes_what_the_model_did(tmp_path: Path, name: str) -> None:
+    model = make_model(name)
     src = save(model, tmp_path / "src")
     quantize(src, tmp_path / "int4", rotation="r1r2", dtype="float32")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
-    assert not loaded.config.tie_word_embeddings
-    with torch.no_grad():
-        expected = model.float()(TOKENS[:2]).logits
-        difference = (loaded(TOKENS[:2]).logits - expected).norm() / expected.norm()
-    assert difference < 0.25  # int4; weights that were rotated on one side only give more than 1
+    assert loaded.config.tie_word_embeddings == (name == "llama-tied")
+    logits = read(loaded)
+    # int4; weights that were rotated on one side only give more than 1
+    assert relative_difference(logits, read(model.float())) < 0.25
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(read(again), logits)
+
+
+def test_a_rotated_stream_is_folded_when_it_is_dequantized(tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", rotation="r1r2", dtype="float32")
+    expected = read(AutoModelForCausalLM.from_pretrained(tmp_path / "int4"))
+    options = HadaCoreConfig(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", quantization_config=options)
+    assert not plain.config.tie_word_embeddings
+    assert relative_difference(read(plain), expected) < 1e-5
+    plain.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert relative_difference(read(again), expected) < 1e-5
+
+
+def test_a_rotated_stream_cannot_be_exported(tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", rotation="r1")
+    with pytest.raises(UnsupportedError, match='rotation="r2"'):
+        export_checkpoint(tmp_path / "int4", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["model.embed_tokens", "model.norm"],
+        {"embedding": "model.embed_tokens", "norm": "model.norm"},
+        {"embedding": "model.embed_tokens", "norm": "model.norm", "gain_offset": 0},
+    ],
+)
+def test_a_stream_rotation_that_is_none_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="stream_rotation must be"):
+        HadaCoreConfig(stream_rotation=wrong)
+
+
+def test_where_a_stream_is_rotated_must_be_in_the_model(tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", rotation="r1")
+    file = tmp_path / "int4" / "config.json"
+    file.write_text(file.read_text().replace('"model.norm"', '"model.last_norm"'))
+    with pytest.raises(ConfigError, match=r"no embedding or norm 'model\.last_norm'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+
+
+def test_only_checkpoints_have_a_rotated_stream(tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    where = {"embedding": "model.embed_tokens", "norm": "model.norm", "gain_offset": 0.0}
+    with pytest.raises(ConfigError, match="describes a quantized checkpoint"):
+        AutoModelForCausalLM.from_pretrained(src, quantization_config=HadaCoreConfig(stream_rotation=where))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "kind"),
+    [
+        ("llama", "gptq", "r1r2"),
+        ("llama-tied", "gptq", "r1r2"),
+        ("gemma3", "gptq", "r2"),
+        ("llama", "rtn", None),
+    ],
+)
+def test_by_default_gptq_rotates_what_it_can(
+    tmp_path: Path, name: str, method: str, kind: str | None
+) -> None:
+    src = save(make_model(name), tmp_path / "src")
+    report = quantize(src, tmp_path / "int4", method)
+    assert report.get("rotation") == kind
+    explicit = quantize(src, tmp_path / "explicit", method, rotation=kind or "none")
+    assert report == {**explicit, "seconds": report["seconds"]} if "seconds" in report else report == explicit
 
 
 def test_a_tied_pair_of_which_only_the_head_is_stored(tmp_path: Path) -> None:

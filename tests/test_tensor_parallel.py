@@ -19,6 +19,7 @@ from hf_hadacore import HadaCoreConfig, HadaCoreHfQuantizer, HadaCoreLinear
 from hf_hadacore.decoding.generation import DecodeGraphs, enable_cuda_graphs
 from hf_hadacore.errors import ConfigError, ShardingError, UnsupportedError
 from hf_hadacore.layer_plan import plan_layers
+from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.parallel.tensor_parallel import complete_plan
 from hf_hadacore.quantizer import swap_modules
 
@@ -40,11 +41,12 @@ CONFIGS = {
     "mixtral": lambda: MixtralConfig(**_SIZES, num_local_experts=4),
     "qwen3": lambda: Qwen3Config(**_SIZES),
 }
+TIED = LlamaConfig(**_SIZES, tie_word_embeddings=True)
 
 
-def random_model(name: str) -> PreTrainedModel:
+def random_model(config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1 if parameter.ndim == 1 else 0, 0.1)
@@ -93,16 +95,16 @@ def collectives_of_layers(model: PreTrainedModel) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Models in full precision, quantized, and with permuted inputs (some baked, some as `input_perm`)."""
+    """Models in full precision, quantized, with permuted inputs (baked, or as `input_perm`), and rotated."""
     folder = tmp_path_factory.mktemp("checkpoints")
     paths = {}
     for name in CONFIGS:
         paths[name] = folder / name
-        random_model(name).save_pretrained(paths[name])
+        random_model(CONFIGS[name]()).save_pretrained(paths[name])
         paths[f"{name}-int4"] = folder / f"{name}-int4"
         int4 = load(paths[name], quantization_config=HadaCoreConfig(group_size=32))
         int4.save_pretrained(paths[f"{name}-int4"])
-    permuted = random_model("llama")
+    permuted = random_model(CONFIGS["llama"]())
     quantize_permuted(permuted, baked=True)
     int4 = load(paths["llama-int4"])
     stored = []
@@ -114,6 +116,10 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     int4.config.quantization_config.input_permutations = [f"{layer}$" for layer in stored]
     paths["llama-permuted"] = folder / "llama-permuted"
     int4.save_pretrained(paths["llama-permuted"])
+    random_model(TIED).save_pretrained(folder / "tied")
+    paths["rotated"] = folder / "rotated"
+    config = HadaCoreConfig(group_size=32)
+    quantize_checkpoint(folder / "tied", paths["rotated"], config, rotation="r1r2", progress=False)
     return paths
 
 
@@ -128,6 +134,8 @@ def on_a_rank(paths: dict[str, Path], name: str, ranks: int, out: Path) -> dict[
     layer = quantized.model.layers[0].self_attn
     found["shapes"] = {n: tuple(p.shape) for n, p in layer.named_parameters()}
     found["text"] = quantized.generate(token_ids(), do_sample=False, max_new_tokens=12)
+    if name == "qwen3":
+        found["rotated"] = logits(load(paths["rotated"], ranks))
     if name == "llama":
         found["permuted"] = logits(load(paths["llama-permuted"], ranks))
         found |= with_8_bit_attention(paths["llama-permuted"], ranks)
@@ -185,6 +193,9 @@ def test_ranks_compute_and_save_what_one_process_does(checkpoints, tmp_path, nam
         for file in ("model.safetensors", "config.json"):
             saved, original = tmp_path / folder / file, checkpoints[f"{name}-int4"] / file
             assert saved.read_bytes() == original.read_bytes()
+    if name == "qwen3":
+        rotated = logits(load(checkpoints["rotated"]))
+        assert all(distance(rank["rotated"], rotated) < TOLERANCE for rank in found)
     if name != "llama":
         return
     permuted = logits(load(checkpoints["llama-permuted"]))

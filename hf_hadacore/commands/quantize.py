@@ -66,10 +66,10 @@ def quantize(
         str,
         typer.Option(
             metavar="KIND",
-            help="Hadamard rotations folded into the weights: none, r1 (residual stream), r2 (heads' values) "
-            "or r1r2; for gptq, rtn gets worse.",
+            help="Hadamard rotations folded into the weights: none, r1 (residual stream), r2 (heads' values)"
+            ", r1r2, or auto: for gptq what the model allows, for rtn none.",
         ),
-    ] = "none",
+    ] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and unquantized weights; default: the checkpoint's.")
     ] = None,

@@ -96,6 +96,11 @@ class HadaCoreSource:
         self.provenance: dict[str, Any] = {"exported_to": EXPORT_FORMATS[0]}
         self.unused: list[str] = []
         config = read_recipe(folder)
+        if config.stream_rotation is not None:
+            raise UnsupportedError(
+                f"{folder}: its residual stream is rotated at run time, which {EXPORT_FORMATS[0]} cannot say; "
+                'quantize with rotation="r2" or "none" (--rotate)'
+            )
         files = checkpoint_files(folder)
         self.stored = self.headers = verify_files(files)
         model_config = load_model_config(folder, quantized=True)

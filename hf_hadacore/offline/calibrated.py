@@ -197,6 +197,8 @@ def open_source(
         CalibrationError: the calibration cannot be read or does not fit the model.
         UnsupportedError: the model cannot be calibrated or rotated so.
     """
+    if rotation == "auto" and config.method != "gptq":
+        rotation = "none"
     if (config.method == "gptq") != (calibration is not None):
         raise ConfigError(
             f"method={config.method!r} "

@@ -64,7 +64,7 @@ def quantize_checkpoint(
     progress: bool = True,
     device: str | torch.device | None = "cpu",
     calibration: Calibration | torch.Tensor | None = None,
-    rotation: str = "none",
+    rotation: str = "auto",
 ) -> dict[str, Any]:
     """Quantize a full-precision checkpoint and write the int4 checkpoint that `from_pretrained` loads.
 
@@ -84,7 +84,9 @@ def quantize_checkpoint(
         calibration: for method "gptq", text or tokens (int64 ``[samples, length]``).
         rotation: Hadamard rotations folded into the weights first: "r1" of the residual stream, "r2" of the
             heads' values, "r1r2" of both, "none". The model computes the same, and nothing is left to do at
-            run time. R1 gives a head that is tied to the embedding a tensor of its own.
+            run time, but for R1 of a model whose head is tied to the embedding: two transforms of the hidden
+            states. "auto" is the first of "r1r2" and "r2" that the model allows for method "gptq", and "none"
+            for "rtn", which rotations make worse.
 
     Returns:
         The report, which also lies in DST as `quantization_report.json`.
@@ -109,7 +111,7 @@ def quantize_checkpoint(
     work = {
         "quantization config": config.to_dict(),
         "device": chosen.type,
-        "rotation": rotation,
+        "rotation": "none",
         **source.provenance,
     }
     return write_checkpoint(

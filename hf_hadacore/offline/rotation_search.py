@@ -15,18 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedError
 from ..fusion.probes import norm_formula
 from ..hadamard_matrices import hadamard_factors
 from ..modules.experts import expert_projections
+from ..modules.stream_rotation import StreamRotation, rotate_stream
 from ..parallel.permutation_search import permutation_groups
 from ..probing import Random
 from .weight_rotation import ROTATIONS, AxisRotation, ParameterChange, WeightRotation
 
+logger = logging.get_logger(__name__)
+
 # Two widths of the tiny model, the first of which it is run with.
 _WIDTHS = (24, 40)
 _NARROW = 16
+_BEST_FIRST = ("r1r2", "r2")  # scripts/results/quality.json
 _PROBE_TOKENS = 6
 # Of the largest logit. Norms and softmax compute in fp32 whatever their input; a wrong plan changes more.
 _TOLERANCE = 1e-3
@@ -64,12 +69,28 @@ def _apply(rotation: WeightRotation, model: PreTrainedModel) -> None:
             parameter.copy_(rotation.rotate(name, parameter))
 
 
-def plan_rotation(model: PreTrainedModel, kind: str) -> WeightRotation:
+def choose_rotation(model: PreTrainedModel) -> WeightRotation:
+    """The rotation that is best for GPTQ among those that a model allows.
+
+    Args:
+        model: as for `plan_rotation`.
+    """
+    for kind in _BEST_FIRST:
+        try:
+            return plan_rotation(model, kind, keep_tied=True)
+        except UnsupportedError as error:
+            logger.info(f"HadaCore: {error}")
+    return plan_rotation(model, "none")
+
+
+def plan_rotation(model: PreTrainedModel, kind: str, *, keep_tied: bool = False) -> WeightRotation:
     """How the weights of a model can be rotated.
 
     Args:
         model: on any device, meta included; not quantized.
         kind: "r1", "r2", "r1r2", or "none".
+        keep_tied: leave an embedding and a head that share a tensor as they are under R1, and rotate the
+            stream between them at run time.
 
     Raises:
         ConfigError: there is no such kind.
@@ -106,7 +127,10 @@ def plan_rotation(model: PreTrainedModel, kind: str) -> WeightRotation:
             raise UnsupportedError(
                 f'{model_name}: the residual stream cannot be rotated (R1): {error}; use rotation="{instead}"'
             ) from error
-    plan = WeightRotation(kind, _merged(residual, heads if "r2" in kind else {}), norms)
+    stream = None
+    if keep_tied and "r1" in kind and model.all_tied_weights_keys:
+        stream = _leave_ends(tiny, residual, norms)
+    plan = WeightRotation(kind, _merged(residual, heads if "r2" in kind else {}), norms, stream)
     _verify(plan, tiny, logits, model_name)
     return plan
 
@@ -226,6 +250,17 @@ def _residual_changes(
     return changes, norms
 
 
+def _leave_ends(
+    tiny: PreTrainedModel, changes: dict[str, ParameterChange], norms: dict[str, float]
+) -> StreamRotation:
+    """Take embedding, last norm and head out of the changes, and say what has to be done in their places."""
+    ends: tuple[Any, Any] = (tiny.get_input_embeddings(), tiny.get_output_embeddings())
+    embedding, head = (next(name for name, module in tiny.named_modules() if module is end) for end in ends)
+    del changes[f"{embedding}.weight"]
+    norm = changes.pop(f"{head}.weight").norm or ""
+    return StreamRotation(embedding, norm.removesuffix(".weight"), norms.pop(norm))
+
+
 def _reading_parameter(name: str, module: nn.Module, axes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
     """The Parameter of a module that multiplies its input, and the axis along which it does."""
     projections = expert_projections(module)
@@ -280,6 +315,8 @@ def _logits(tiny: PreTrainedModel) -> torch.Tensor:
 def _verify(plan: WeightRotation, tiny: PreTrainedModel, logits: torch.Tensor, model_name: str) -> None:
     """Check that the plan changes no logits of the tiny model. It leaves that model rotated."""
     _apply(plan, tiny)
+    if plan.stream is not None:
+        rotate_stream(tiny, plan.stream)
     difference = (_logits(tiny) - logits).abs().max() / logits.abs().max()
     if not difference < _TOLERANCE:
         raise UnsupportedError(

@@ -28,9 +28,10 @@ from ..int4 import Int4Weight
 from ..integrity import TensorInfo, checkpoint_files, verify_files
 from ..layer_plan import LayerPlan
 from ..modules.experts import expert_projections
+from ..modules.stream_rotation import rotate_stream
 from ..quantizer import HadaCoreHfQuantizer, swap_modules
 from .layer_record import LayerRecord, make_record
-from .rotation_search import plan_rotation
+from .rotation_search import choose_rotation, plan_rotation
 from .weight_rotation import WeightRotation
 
 
@@ -54,7 +55,8 @@ class SourceModel:
         config: the options of the quantizer.
         dtype: of scales and of what stays in full precision; None takes the checkpoint's own.
         device: where weights are quantized.
-        rotation: of the weights before they are quantized, see `rotation_search.plan_rotation`.
+        rotation: of the weights before they are quantized, see `rotation_search.plan_rotation`; "auto" is
+            that of `choose_rotation`.
 
     Attributes:
         folder: local checkpoint.
@@ -98,18 +100,17 @@ class SourceModel:
             plain, loading = compat.meta_model(model_class, model_config, None, dtype, files)
         except Exception as error:  # hostile values fail in as many ways as there are models
             raise CheckpointError(f"{folder}: no model can be built from its config.json: {error}") from error
-        self._rotation = plan_rotation(plain, rotation)
-        if rotation != "none":
-            self.provenance["rotation"] = rotation
-        copied: dict[str, str] = {}
-        if self._rotation.unties_head and plain.all_tied_weights_keys:
-            copied = dict(plain.all_tied_weights_keys)
-            model_config.tie_word_embeddings = False
-            plain, loading = compat.meta_model(model_class, model_config, None, dtype, files)
+        self._rotation = (
+            choose_rotation(plain) if rotation == "auto" else plan_rotation(plain, rotation, keep_tied=True)
+        )
+        if self._rotation.kind != "none":
+            self.provenance["rotation"] = self._rotation.kind
+        if self._rotation.stream is not None:
+            rotate_stream(plain, self._rotation.stream)
         self._tied: dict[str, str] = dict(plain.all_tied_weights_keys)
         targets = compat.target_names(plain, loading, self.headers)
         self.unused = [name for name, target in targets.items() if target is None]
-        self._sources = self._group_sources(targets, copied)
+        self._sources = self._group_sources(targets)
         self._check_against(plain, loading)
         self._plain, self._plain_loading = plain.eval(), loading
         if self._rotation.norms:
@@ -117,7 +118,9 @@ class SourceModel:
             self._load_plain({key: source for sources in norms for key, source in sources.items()}, "norms")
             self._rotation.set_gains(take_loaded(plain))
 
-        self._quantizer = _RecordingQuantizer(self._recipe(config, plain), self._rotation)
+        recipe = self._recipe(config, plain)
+        recipe.stream_rotation = None if self._rotation.stream is None else self._rotation.stream._asdict()
+        self._quantizer = _RecordingQuantizer(recipe, self._rotation)
         self.model, self._loading = compat.meta_model(
             model_class, model_config, self._quantizer, dtype, files
         )
@@ -196,22 +199,16 @@ class SourceModel:
                 for key, source in unit.sources.items()
             }
 
-    def _group_sources(
-        self, targets: Mapping[str, str | None], copied: Mapping[str, str]
-    ) -> dict[str, dict[str, str]]:
+    def _group_sources(self, targets: Mapping[str, str | None]) -> dict[str, dict[str, str]]:
         """`{Parameter: its sources}`; of a tied pair only what the model needs.
 
         Args:
             targets: source tensor -> Parameter.
-            copied: pairs that were tied and are two Parameters now, made of one tensor.
         """
         groups: dict[str, dict[str, str]] = {}
         for source, target in targets.items():
             if target is not None:
                 groups.setdefault(target, {})[source] = source
-        for one, other in (*copied.items(), *((origin, target) for target, origin in copied.items())):
-            if one not in groups and other in groups:
-                groups[one] = _as_key(one, groups[other])
         for target, origin in list(self._tied.items()):
             if target not in groups:
                 continue
@@ -308,6 +305,7 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
         # What needs calibration is refused while loading, and can be had here.
         loadable = copy.deepcopy(config)
         loadable.method, loadable.act_order, loadable.input_permutations = "rtn", False, []
+        loadable.stream_rotation = None
         super().__init__(loadable, pre_quantized=False)
         self.quantization_config = config
         self.records: list[LayerRecord] = []

@@ -9,8 +9,9 @@ RMSNorm without gains does not see the difference, and so the model computes wha
 The gains g of a norm stand between x and the readers; they move into the readers' weights, and 1 remains.
 SpinQuant (arXiv:2405.16406) calls this R1, and R2 a rotation of every head's values: of the rows of v_proj
 and, for each of the query heads that read them, the columns of o_proj. It passes through attention, which
-sums rows. Both are Hadamard matrices here, R1 with random signs, and nothing is left to do at run time. An
-embedding and a head that share a tensor no longer can after R1: only the head takes the last norm's gains.
+sums rows. Both are Hadamard matrices here, R1 with random signs, and nothing is left to do at run time,
+unless embedding and head share a tensor: only the head takes the last norm's gains, so that after R1 they
+need two tensors, or stay as they are and the stream is rotated between them (`modules.stream_rotation`).
 
 Which Parameters these are is found in `rotation_search`.
 """
@@ -21,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.hadamard import hadamard_transform
+from ..modules.stream_rotation import StreamRotation, rotation_signs
 
 ROTATIONS = ("none", "r1", "r2", "r1r2")
 
-_SEED = 0
 _PART_ELEMENTS = 1 << 24
 
 
@@ -63,15 +64,22 @@ class WeightRotation:
         kind: of `ROTATIONS`.
         changes: by the name of the Parameter.
         norms: Parameters whose gains move into other weights -> what is added to them (1 for Gemma).
+        stream: what is left to do at run time.
 
     Attributes:
-        kind, changes, norms: as given.
+        kind, changes, norms, stream: as given.
         unties_head: whether embedding and head need tensors of their own.
     """
 
-    def __init__(self, kind: str, changes: dict[str, ParameterChange], norms: dict[str, float]):
-        self.kind, self.changes, self.norms = kind, changes, norms
-        self.unties_head = "r1" in kind
+    def __init__(
+        self,
+        kind: str,
+        changes: dict[str, ParameterChange],
+        norms: dict[str, float],
+        stream: StreamRotation | None = None,
+    ):
+        self.kind, self.changes, self.norms, self.stream = kind, changes, norms, stream
+        self.unties_head = "r1" in kind and stream is None
         self._gains: dict[str, torch.Tensor] = {}
 
     def set_gains(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -121,14 +129,8 @@ class WeightRotation:
 def _rotate_axis(value: torch.Tensor, rotation: AxisRotation) -> torch.Tensor:
     length = value.shape[rotation.axis] - rotation.start
     part = value.narrow(rotation.axis, rotation.start, length).transpose(rotation.axis, -1)
-    sign = None if rotation.block else _signs(length).to(value.device)
+    sign = None if rotation.block else rotation_signs(length).to(value.device)
     rotated = hadamard_transform(part, sign=sign, block_size=rotation.block).transpose(rotation.axis, -1)
     if not rotation.start:
         return rotated
     return torch.cat((value.narrow(rotation.axis, 0, rotation.start), rotated), dim=rotation.axis)
-
-
-def _signs(n: int) -> torch.Tensor:
-    """Of R1: a Hadamard matrix alone would gather what all channels have in common in its first row."""
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-    return torch.randint(2, (n,), generator=generator, device="cpu") * 2 - 1
