@@ -165,10 +165,8 @@ class HadaCoreConfig(QuantizationConfigMixin):
         value = self.stream_rotation
         if value is None:
             return
-        if (
-            not isinstance(value, dict)
-            or {key: type(v) for key, v in value.items()} != _STREAM_ROTATION
-        ):
+        types = {key: type(part) for key, part in value.items()} if isinstance(value, dict) else None
+        if types != _STREAM_ROTATION:
             raise ConfigError(
                 "stream_rotation must be a dict with embedding and norm, names of modules, and gain_offset, a "
                 f"float, got {value!r}"

@@ -98,7 +98,7 @@ class HadaCoreSource:
         config = read_recipe(folder)
         if config.stream_rotation is not None:
             raise UnsupportedError(
-                f"{folder}: its residual stream is rotated at run time, which {EXPORT_FORMATS[0]} cannot say; "
+                f"{folder}: its residual stream is rotated at run time, not so in {EXPORT_FORMATS[0]}; "
                 'quantize with rotation="r2" or "none" (--rotate)'
             )
         files = checkpoint_files(folder)
