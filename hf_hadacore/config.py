@@ -168,7 +168,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         types = {key: type(part) for key, part in value.items()} if isinstance(value, dict) else None
         if types != _STREAM_ROTATION:
             raise ConfigError(
-                "stream_rotation must be a dict with embedding and norm, names of modules, and gain_offset, a "
+                "stream_rotation must be a dict of embedding and norm, names of modules, and gain_offset, a "
                 f"float, got {value!r}"
             )
 
