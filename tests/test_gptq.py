@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from gptq_cases import ORDERS, correlated, options_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,28 +15,6 @@ from hf_hadacore.solvers.act_order import falling_diagonal
 from hf_hadacore.solvers.gptq import gptq_quantize
 from hf_hadacore.solvers.hessian import factorize
 from hf_hadacore.solvers.rtn import fit_groups, quantize_weight, round_to_grid
-
-ORDERS = ["natural", "static", "permuted"]
-
-
-def weights(n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-
-
-def correlated(k: int, rows: int | None = None, seed: int = 0) -> torch.Tensor:
-    """fp32 ``[K, K]``: E[x x^T] of channels that hang together and differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = 4 * k if rows is None else rows
-    sources = torch.randn(rows, max(1, k // 4), generator=generator)
-    x = sources @ torch.randn(max(1, k // 4), k, generator=generator) / k**0.5
-    x += 0.3 * torch.randn(rows, k, generator=generator)
-    x *= torch.rand(k, generator=generator).mul(2).exp()
-    return x.T @ x / rows
-
-
-def options_of(kind: str, hessian: torch.Tensor) -> dict:
-    order = None if kind == "natural" else falling_diagonal(hessian)
-    return dict(order=order, static_groups=kind == "static")
 
 
 def in_natural_order(quantized: Int4Weight, kind: str, hessian: torch.Tensor) -> torch.Tensor:

@@ -4,21 +4,20 @@ The rows of a weight do not depend on each other. A program holds a chunk of a f
 one column after the other out of it, and adds what its rounding does to the others. In torch each column is
 a handful of launches that are over sooner than the next one starts.
 
-Every operation is rounded as torch rounds it on CUDA, where a product and the sum it goes into are two: the
-results of the loops in `solvers.columns` come out bit for bit. Weights are transposed, as there: their
-columns are rows of memory.
+Operations are rounded as torch rounds them on CUDA, where a product and the sum it goes into are two, so that
+results are those of the loops in `solvers.columns` bit for bit; `scripts/check_gptq_gpu.py` compares them.
+Weights are transposed, as there: their columns are rows of memory.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launcher import on_device, power_of_2, run
+from .launcher import power_of_2, run
 
-# Of a program. With four warps, each holds a quarter of the chunk's columns for them: 32 registers a thread.
+# Of a program. Every warp holds an eighth of the chunk's columns: 16 registers a thread, for 128 columns.
 _ROWS = 32
-_WARPS = 4
-MAX_COLUMNS = 128
+_WARPS = 8
 
 
 @triton.jit
@@ -35,7 +34,8 @@ def _round_to_grid(b_value, b_scale, b_zero):
     return tl.minimum(tl.maximum(b_rounded, -b_zero), 15.0 - b_zero)
 
 
-@triton.jit
+# Were it known that rows are a multiple of 16, threads would hold four neighbours and divide four times.
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _round_kernel(
     p_current,
     p_target,
@@ -59,7 +59,8 @@ def _round_kernel(
     o_c = tl.arange(0, CHUNK)
     m_c = o_c < columns
     b_current = tl.load(p_current + o_c[:, None] * rows + o_n, mask=m_c[:, None] & m_n, other=0.0)
-    for j in range(columns):
+    # Two stages: a column's operands are on their way while the one before is rounded.
+    for j in tl.range(columns, num_stages=2):
         o_group = tl.load(p_group + j) * rows + o_n
         b_scale = tl.load(p_scale + o_group, mask=m_n, other=1.0)
         b_zero = tl.load(p_zero + o_group, mask=m_n, other=0.0)
@@ -73,7 +74,7 @@ def _round_kernel(
         tl.store(p_difference + j * rows + o_n, b_difference, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _descend_kernel(
     p_gradient,
     p_hessian,
@@ -100,7 +101,7 @@ def _descend_kernel(
     b_gradient = tl.load(p_gradient + o_chunk, mask=m_chunk, other=0.0)
     b_scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
     b_zero = tl.load(p_zero + o_n, mask=m_n, other=0.0)
-    for j in range(columns):
+    for j in tl.range(columns, num_stages=2):
         b_c = tl.load(p_c + j * rows + o_n, mask=m_n, other=0.0)
         b_hessian = tl.load(p_hessian + j * columns + o_c, mask=m_c, other=0.0)
         diagonal = tl.load(p_hessian + j * columns + j)
@@ -121,7 +122,7 @@ def round_columns(
     c: torch.Tensor,
     difference: torch.Tensor,
 ) -> None:
-    """`solvers.columns.round_columns` of at most `MAX_COLUMNS` columns, on CUDA.
+    """`solvers.columns.round_columns` on the current CUDA device.
 
     Args:
         current, target: fp32 ``[C, N]``, contiguous.
@@ -136,7 +137,7 @@ def round_columns(
 def descend_columns(
     gradient: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, c: torch.Tensor
 ) -> None:
-    """`solvers.columns.descend_columns` of at most `MAX_COLUMNS` columns, on CUDA.
+    """`solvers.columns.descend_columns` on the current CUDA device.
 
     Args:
         gradient, c: fp32 ``[C, N]``, contiguous; changed in place.
@@ -151,14 +152,13 @@ def descend_columns(
 def _launch(kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...]) -> None:
     """Launch a kernel for chunks of the first tensor's shape."""
     columns, rows = tensors[0].shape
-    with on_device(tensors[0].device):
-        run(
-            kernel,
-            tensors,
-            (rows, columns),
-            (power_of_2(columns), _ROWS),
-            (-(-rows // _ROWS), 1, 1),
-            num_warps=_WARPS,
-            # torch's products are rounded before they are added.
-            enable_fp_fusion=False,
-        )
+    run(
+        kernel,
+        tensors,
+        (rows, columns),
+        (power_of_2(columns), _ROWS),
+        (-(-rows // _ROWS), 1, 1),
+        num_warps=_WARPS,
+        # torch's products are rounded before they are added.
+        enable_fp_fusion=False,
+    )

@@ -8,9 +8,10 @@ import torch
 from ..config import LayerSpec
 from ..int4 import Int4Weight
 from ..solvers.gptq import gptq_quantize
+from ..solvers.output_error import OutputError, output_error
 from ..solvers.rtn import quantize_weight
 from .column_orders import ColumnOrder
-from .layer_record import CalibrationRecord, LayerRecord, make_record, output_error
+from .layer_record import CalibrationRecord, LayerRecord, make_record
 
 DAMPING = 0.01
 
@@ -35,12 +36,14 @@ class SolvedWeight(NamedTuple):
         columns: int64 ``[K]``, the natural place of each column; None if that is where it is.
         solver: "gptq" or "rtn".
         damping: the fraction of the Hessian's mean diagonal that "gptq" added; None otherwise.
+        output_error: of each row, as they were when the weight was solved.
     """
 
     weight: Int4Weight
     columns: torch.Tensor | None
     solver: str
     damping: float | None
+    output_error: OutputError
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[N, K]`` in full precision, columns in their natural places."""
@@ -51,9 +54,11 @@ class SolvedWeight(NamedTuple):
         packed, scale, zero, group_size = self.weight
         sizes = list(rows)
         zeros = [None] * len(sizes) if zero is None else zero.split(sizes)
+        errors = self.output_error.split(sizes)
+        parts = zip(packed.split(sizes), scale.split(sizes), zeros, errors, strict=True)
         return [
-            self._replace(weight=Int4Weight(*parts, group_size))
-            for parts in zip(packed.split(sizes), scale.split(sizes), zeros, strict=True)
+            self._replace(weight=Int4Weight(q, s, z, group_size), output_error=error)
+            for q, s, z, error in parts
         ]
 
 
@@ -103,7 +108,9 @@ def solve_weight(
             importance=importance,
             name=name,
         )
-        return SolvedWeight(weight, None, "rtn", None)
+        exact = value.float()
+        difference = weight.dequantize(torch.float32).sub_(exact)
+        return SolvedWeight(weight, None, "rtn", None, output_error(exact, difference, inputs.hessian))
     columns = order.of(inputs.hessian)
     result = gptq_quantize(
         value,
@@ -116,7 +123,8 @@ def solve_weight(
         damping=DAMPING,
         name=name,
     )
-    return SolvedWeight(result.weight, columns if order.forms_groups else None, "gptq", result.damping)
+    stored_order = columns if order.forms_groups else None
+    return SolvedWeight(result.weight, stored_order, "gptq", result.damping, result.output_error)
 
 
 def record_weight(
@@ -130,9 +138,8 @@ def record_weight(
         solved: what became of it.
         inputs: of the weight.
     """
-    hessian = inputs.hessian
     if solved.columns is not None:
-        value, hessian = value[:, solved.columns], hessian[solved.columns][:, solved.columns]
-    error = output_error(value, solved.weight, hessian)
+        value = value[:, solved.columns]
+    error = solved.output_error.relative()
     calibration = CalibrationRecord(solved.solver, inputs.tokens, error, solved.damping)
     return make_record(name, value, solved.weight, calibration)

@@ -115,26 +115,6 @@ def relative_error(value: torch.Tensor, weight: Int4Weight) -> float:
     return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
-def output_error(value: torch.Tensor, weight: Int4Weight, hessian: torch.Tensor) -> float:
-    """``|x w - x w'|^2 / |x w|^2`` over calibration's tokens.
-
-    Args:
-        value: floating point ``[N, K]``.
-        weight: its int4 form, columns in the same order.
-        hessian: fp32 ``[K, K]``, E[x x^T], channels in the same order.
-
-    Returns:
-        The error; 0 where calibration saw only zeros.
-    """
-    exact = value.float()
-    norm = _output_norm(exact, hessian)
-    return _output_norm(weight.dequantize(torch.float32).sub_(exact), hessian) / norm if norm else 0.0
-
-
-def _output_norm(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    return (weight @ hessian).mul_(weight).sum(dtype=torch.float64).item()
-
-
 def mean_record(name: str, records: Sequence[LayerRecord]) -> LayerRecord:
     """One record of fused experts, from theirs: errors are means, damping is the largest.
 

@@ -9,7 +9,8 @@ step raises the error.
 
 import torch
 
-from .rtn import round_to_grid, storable_scale
+from .columns import descend_columns
+from .rtn import storable_scale
 
 # Columns between two matrix products where a group is all of a row.
 _CHUNK = 128
@@ -43,13 +44,9 @@ def descend(
     step = min(size, _CHUNK) if size == k else size
     for start in range(0, k, step):
         part, group = slice(start, min(start + step, k)), start // size
-        block, diagonal = hessian[part, part], hessian.diagonal()[part]
+        block = hessian[part, part]
         gradient = hessian[part] @ difference
-        for j in range(len(block)):
-            best = torch.addcdiv(c[part][j] * scale[group], gradient[j], diagonal[j])
-            new = round_to_grid(best, scale[group], zero[group])
-            gradient.addr_(block[j], c[part][j].sub_(new).mul_(scale[group]))
-            c[part][j] = new
+        descend_columns(gradient, block, scale[group], zero[group], c[part])
         if size < k:
             _rescale(c[part], gradient, block, scale[group], scale_dtype)
         difference[part] = target[part] - c[part] * scale[group]

@@ -19,9 +19,11 @@ import torch
 from .. import int4
 from ..errors import QuantizationError
 from ..int4 import Int4Weight
+from .columns import round_columns
 from .coordinate_descent import descend
 from .hessian import FactorizedHessian, damped, factorize
-from .rtn import fit_groups, round_to_grid
+from .output_error import OutputError, output_error
+from .rtn import fit_groups
 
 # Columns between two matrix products where groups do not say it.
 _CHUNK = 128
@@ -32,14 +34,18 @@ class GptqResult(NamedTuple):
 
     Attributes:
         weight: the int4 weight, on the weight's device.
-        error: tr(D H D^T) / tr(W H W^T), the relative squared error of the layer's output; 0 where
-            calibration saw only zeros.
+        output_error: of each row.
         damping: that was needed, as a fraction of H's mean diagonal.
     """
 
     weight: Int4Weight
-    error: float
+    output_error: OutputError
     damping: float
+
+    @property
+    def error(self) -> float:
+        """tr(D H D^T) / tr(W H W^T), the relative squared error of the layer's output; 0 without any."""
+        return self.output_error.relative()
 
 
 def gptq_quantize(
@@ -115,11 +121,9 @@ def gptq_quantize(
         None if symmetric else columns.zero.T.to(torch.uint8).contiguous(),
         group_size,
     )
-    cost = _output_cost(rows.T, hessian.matrix)
     if not static_groups:
         difference = torch.empty_like(difference).index_copy_(0, order, difference)
-    error = _output_cost(difference, hessian.matrix) / cost if cost else 0.0
-    return GptqResult(quantized, error, hessian.damping)
+    return GptqResult(quantized, output_error(rows, difference.T, hessian.matrix), hessian.damping)
 
 
 class _Columns:
@@ -142,7 +146,7 @@ class _Columns:
         k = rows.shape[1]
         size = int4.effective_group_size(k, group_size)
         self.rows, self.hessian, self.order, self.group_size = rows, hessian, order, group_size
-        self.target = rows.T[order]
+        self.target = rows.T[order].contiguous()
         self.c = torch.empty_like(self.target)
         self.difference = torch.empty_like(self.target)
         self.scale = rows.new_empty(int4.num_groups(k, group_size), len(rows))
@@ -183,16 +187,13 @@ class _Columns:
 
     def _round(self, part: slice, update: torch.Tensor) -> None:
         """Round the columns of a chunk, one after the other."""
-        current = update.add_(self.target[part])
-        factor, difference = self.hessian.factor[part, part], self.difference[part]
-        scale, zero = self.scale[self.groups[part]], self.zero[self.groups[part]]
-        c = self.c[part]
-        for j in range(len(current)):
-            c[j] = round_to_grid(current[j], scale[j], zero[j])
-            torch.addcmul(self.target[part][j], c[j], scale[j], value=-1, out=difference[j])
-            current[j + 1 :].addr_(factor[j, j + 1 :], difference[j])
-
-
-def _output_cost(columns: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(A H A^T) for A^T ``[K, N]``."""
-    return float((hessian @ columns).mul_(columns).sum(dtype=torch.float64))
+        round_columns(
+            update.add_(self.target[part]),
+            self.target[part],
+            self.hessian.factor[part, part],
+            self.scale,
+            self.zero,
+            self.groups[part],
+            self.c[part],
+            self.difference[part],
+        )
