@@ -27,14 +27,22 @@ from hf_hadacore.offline.calibrated import CalibratedSource
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.offline.decoder import Activations
 from hf_hadacore.offline.shard_writer import ShardWriter
+from hf_hadacore.solvers import coordinate_descent, gptq
 
 LAYERS_OF_8B = 32
-# Parts of the work on one layer. GPTQ itself is called by solve_weight, which does little else.
+# Parts of the work on one layer. GPTQ itself is called by solve_weight, which does little else. What follows
+# a colon is a part of what precedes it; the rest of GPTQ are products of matrices.
 PARTS: dict[str, tuple[Any, str]] = {
     "read the layer": (CalibratedSource, "_load_layer"),
     "forward passes and Hessians": (Activations, "run"),
     "next hidden states": (Activations, "advance"),
     "GPTQ": (layer_solver, "solve_weight"),
+    "GPTQ: factorization": (gptq, "factorize"),
+    "GPTQ: scales": (gptq, "fit_groups"),
+    "GPTQ: columns": (gptq, "round_columns"),
+    "GPTQ: coordinate descent": (gptq, "descend"),
+    "GPTQ: coordinate descent: columns": (coordinate_descent, "descend_columns"),
+    "GPTQ: output error": (gptq, "output_error"),
     "errors for the report": (layer_solver, "record_weight"),
     "write": (ShardWriter, "write"),
 }

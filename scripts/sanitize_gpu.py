@@ -38,6 +38,8 @@ SCRIPTS = (
     "check_attention_gpu.py",
     "check_key_mean_gpu.py",
     "check_quantize_step_gpu.py",
+    "check_gather_and_sum_gpu.py",
+    "check_gptq_gpu.py",
 )
 TOOLS = ("memcheck", "racecheck")
 CONTROL = """
