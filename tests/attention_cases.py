@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_hadacore.kernels.attention import attention_8bit_reference, interleave_tokens
+from hf_hadacore.kernels.attention_reference import attention_8bit_reference, interleave_tokens
 
 E4M3 = torch.float8_e4m3fn
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_hadacore.kernels.attention import BLOCK_SIZE, P_SCALE, interleave_tokens
+from hf_hadacore.kernels.attention_reference import BLOCK_SIZE, P_SCALE, interleave_tokens
 
 E4M3 = torch.float8_e4m3fn
 DISTRIBUTIONS = ("normal", "outlier", "channel", "aligned")

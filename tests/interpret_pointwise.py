@@ -21,7 +21,7 @@ from pointwise_cases import (
     strided,
 )
 
-from hf_hadacore.kernels import pointwise_triton
+from hf_hadacore.kernels import gated_activation_triton, rms_norm_triton, rope_triton
 from hf_hadacore.kernels.gated_activation import ACTIVATIONS, gated_activation_reference
 from hf_hadacore.kernels.rms_norm import rms_norm_reference
 from hf_hadacore.kernels.rope import rope_reference
@@ -40,7 +40,7 @@ def check_norm(x: torch.Tensor, has_residual: bool) -> None:
         weight = random((n,), F16, seed=1)
         out = poisoned(*x.shape)
         total = poisoned(*x.shape) if has_residual else None
-        pointwise_triton.rms_norm(x, residual, weight, EPS, offset, round_first, out, total)
+        rms_norm_triton.launch(x, residual, weight, EPS, offset, round_first, out, total)
         normed = x if residual is None else x + residual
         if residual is not None:
             assert torch.equal(total, normed)
@@ -75,7 +75,7 @@ def check_activations() -> None:
         for gate, up in cases:
             for activation in ACTIVATIONS:
                 out = poisoned(rows, n)
-                pointwise_triton.gated_activation(gate, up, activation == "gelu_tanh", out)
+                gated_activation_triton.launch(gate, up, activation == "gelu_tanh", out)
                 eager = gated_activation_reference(gate, up, activation)
                 exact = exact_activation(gate, up, activation)
                 if activation == "silu":
@@ -87,7 +87,7 @@ def check_activations() -> None:
                 assert_as_exact_as(out, eager, exact)
     extreme = torch.tensor([[60000.0, -60000.0, 0.0, float("nan")]], dtype=F16)
     out = poisoned(1, 4)
-    pointwise_triton.gated_activation(extreme, torch.ones_like(extreme), False, out)
+    gated_activation_triton.launch(extreme, torch.ones_like(extreme), False, out)
     assert torch.equal(out.isnan(), extreme.isnan()) and out[0, 0] == 60000 and out[0, 1] == 0
 
 
@@ -108,7 +108,7 @@ def check_rope(batch: int, tokens: int, q_heads: int, kv_heads: int, d: int, cas
         eager_k = rope_reference(k, cos, sin, weights[1], *norm)
 
         q_out, k_out = poisoned(batch, tokens, q_heads, d), poisoned(batch, kv_heads, tokens, d)
-        pointwise_triton.rope(q, k, None, cos, sin, *weights, *norm, q_out, k_out, None, None)
+        rope_triton.launch(q, k, None, cos, sin, *weights, *norm, q_out, k_out, None, None)
         pairs = ((q_out, eager_q, q, weights[0]), (k_out.transpose(1, 2), eager_k, k, weights[1]))
         for out, eager, x, weight in pairs:
             if has_norm:
@@ -122,7 +122,7 @@ def check_rope(batch: int, tokens: int, q_heads: int, kv_heads: int, d: int, cas
         keys, values = poisoned(batch, kv_heads, capacity, d), poisoned(batch, kv_heads, capacity, d)
         position = torch.tensor(start)
         q_cached = poisoned(batch, tokens, q_heads, d)
-        pointwise_triton.rope(q, k, v, cos, sin, *weights, *norm, q_cached, keys, values, position)
+        rope_triton.launch(q, k, v, cos, sin, *weights, *norm, q_cached, keys, values, position)
         assert torch.equal(q_cached, q_out)
         written = slice(start, start + tokens)
         assert torch.equal(keys[:, :, written], k_out)
@@ -136,7 +136,7 @@ def check_full_cache() -> None:
     cos, sin = cos_sin(1, 3, 16, F16)
     guarded = poisoned(1, 1, 6, 16)
     keys, values = guarded[:, :, :4], guarded[:, :, :4].clone()
-    pointwise_triton.rope(
+    rope_triton.launch(
         q, k, k, cos, sin, None, None, 0.0, 0.0, True, poisoned(1, 3, 2, 16), keys, values, torch.tensor(3)
     )
     assert keys[:, :, 3].isfinite().all() and guarded[:, :, 4:].isnan().all()

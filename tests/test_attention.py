@@ -9,7 +9,7 @@ from check_rotate_quantize_gpu import exact_rotation
 from hf_hadacore import quantized_attention
 from hf_hadacore.attention.operands import HEAD_DIMS
 from hf_hadacore.errors import FormatError, UnsupportedError
-from hf_hadacore.kernels.attention import interleave_tokens
+from hf_hadacore.kernels.attention_reference import interleave_tokens
 
 MODES = {"fp8": E4M3, "int8-fp8": torch.int8}
 # What is to be expected of 8 bits, where inputs are N(0, 1).

@@ -8,8 +8,9 @@ from attention_exact import E4M3, exact_attention, is_within_bounds, make_proble
 from torch.library import opcheck
 
 from hf_hadacore.errors import FormatError, UnsupportedError
-from hf_hadacore.kernels import attention
-from hf_hadacore.kernels.attention import attention_8bit, deinterleave_tokens, interleave_tokens
+from hf_hadacore.kernels import attention_reference
+from hf_hadacore.kernels.attention import attention_8bit
+from hf_hadacore.kernels.attention_reference import deinterleave_tokens, interleave_tokens
 
 
 def int32(*numbers: int) -> torch.Tensor:
@@ -107,7 +108,7 @@ def test_a_bounded_number_of_queries_at_a_time(monkeypatch):
     )
     expected = attention_8bit(*problem, mask=mask, **options).float()
     for numbers in (1, 4 * 50 * 7, 50_000):
-        monkeypatch.setattr(attention, "_CHUNK", numbers)
+        monkeypatch.setattr(attention_reference, "_CHUNK", numbers)
         y = attention_8bit(*problem, mask=mask, **options)
         # Other blocks of a product are other orders of sums.
         torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-9)

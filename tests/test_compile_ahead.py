@@ -17,12 +17,14 @@ from hf_hadacore.kernels import (
     attention_triton,
     decode_attention_triton,
     gated_activation,
+    gated_activation_triton,
     launcher,
-    pointwise_triton,
     quantize_step,
     quantize_step_triton,
     rms_norm,
+    rms_norm_triton,
     rope,
+    rope_triton,
     rotate_quantize,
     w4a16_experts,
     w4a16_launch,
@@ -35,8 +37,8 @@ from hf_hadacore.modules.experts import HadaCoreExperts
 
 MODULES = (
     attention, attention_triton, compile_ahead, decode_attention, decode_attention_triton, gated_activation,
-    launcher, pointwise_triton, quantize_step, quantize_step_triton, rms_norm, rope, rotate_quantize,
-    tile_order, w4a16_experts, w4a16_launch, w4a16_routing, w4a16_tiled,
+    gated_activation_triton, launcher, quantize_step, quantize_step_triton, rms_norm, rms_norm_triton, rope,
+    rope_triton, rotate_quantize, tile_order, w4a16_experts, w4a16_launch, w4a16_routing, w4a16_tiled,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from offline import compile_for
 
-from hf_hadacore.kernels import pointwise_triton
+from hf_hadacore.kernels import gated_activation_triton, rms_norm_triton, rope_triton
 
 TESTS = Path(__file__).parent
 
@@ -91,14 +91,14 @@ def rope_arguments(dtype: torch.dtype, has_norm: bool, has_cache: bool) -> dict[
 
 
 VARIANTS = {
-    "norm": (pointwise_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 4096, False), 8),
-    "norm of heads": (pointwise_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 128, False), 4),
-    "add and norm": (pointwise_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 8192, True), 16),
-    "activation": (pointwise_triton._gated_activation_kernel, activation_arguments, 4),
-    "rope": (pointwise_triton._rope_kernel, lambda dtype: rope_arguments(dtype, False, False), 8),
-    "norm and rope": (pointwise_triton._rope_kernel, lambda dtype: rope_arguments(dtype, True, False), 8),
-    "cache": (pointwise_triton._rope_kernel, lambda dtype: rope_arguments(dtype, False, True), 8),
-    "norm and cache": (pointwise_triton._rope_kernel, lambda dtype: rope_arguments(dtype, True, True), 8),
+    "norm": (rms_norm_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 4096, False), 8),
+    "norm of heads": (rms_norm_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 128, False), 4),
+    "add and norm": (rms_norm_triton._rms_norm_kernel, lambda dtype: norm_arguments(dtype, 8192, True), 16),
+    "activation": (gated_activation_triton._gated_activation_kernel, activation_arguments, 4),
+    "rope": (rope_triton._rope_kernel, lambda dtype: rope_arguments(dtype, False, False), 8),
+    "norm and rope": (rope_triton._rope_kernel, lambda dtype: rope_arguments(dtype, True, False), 8),
+    "cache": (rope_triton._rope_kernel, lambda dtype: rope_arguments(dtype, False, True), 8),
+    "norm and cache": (rope_triton._rope_kernel, lambda dtype: rope_arguments(dtype, True, True), 8),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import UnsupportedError
-from ..kernels.attention import BLOCK_SIZE
+from ..kernels.attention_reference import BLOCK_SIZE
 from ..kernels.quantize_step import quantize_step_into_cache
 from .decode_cache import DecodeLayer, Progress
 from .operands import VALUE_DTYPE, QuantizedKeyValue, mean_key, pad_heads, padded_size, quantize_key_value

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from ..errors import UnsupportedError
 from ..hadamard_matrices import hadamard_factors
-from ..kernels.attention import BLOCK_SIZE, attention_8bit
+from ..kernels.attention import attention_8bit
+from ..kernels.attention_reference import BLOCK_SIZE
 from ..kernels.key_mean import key_mean
 from ..kernels.rotate_quantize import rotate_quantize
 

@@ -138,19 +138,20 @@ _meta = partial(torch.empty, device="meta")
 
 
 def _norm(size: int, dtype: torch.dtype, formula: NormFormula, m: int, has_sum: bool) -> None:
-    from ..kernels.pointwise_triton import MAX_NORM_SIZE, rms_norm
+    from ..kernels import rms_norm_triton
 
     x, residual, out, total = (_meta(1, m, size, dtype=dtype) for _ in range(4))
-    if size <= MAX_NORM_SIZE:
+    if size <= rms_norm_triton.MAX_SIZE:
         weight = _meta(size, dtype=dtype)
-        rms_norm(x, residual if has_sum else None, weight, *formula, out, total if has_sum else None)
+        added = (residual, total) if has_sum else (None, None)
+        rms_norm_triton.launch(x, added[0], weight, *formula, out, added[1])
 
 
 def _activation(size: int, dtype: torch.dtype, activation: str, m: int) -> None:
-    from ..kernels.pointwise_triton import gated_activation
+    from ..kernels import gated_activation_triton
 
     gate, up = _meta(1, m, 2 * size, dtype=dtype).chunk(2, dim=-1)
-    gated_activation(gate, up, activation == "gelu_tanh", _meta(1, m, size, dtype=dtype))
+    gated_activation_triton.launch(gate, up, activation == "gelu_tanh", _meta(1, m, size, dtype=dtype))
 
 
 def _rope(
@@ -162,7 +163,7 @@ def _rope(
     m: int,
     cache_size: int | None,
 ) -> None:
-    from ..kernels.pointwise_triton import rope
+    from ..kernels import rope_triton
 
     joined = _meta(1, m, (heads + 2 * key_heads) * d, dtype=dtype)
     sizes = [heads * d, key_heads * d, key_heads * d]
@@ -175,7 +176,8 @@ def _rope(
     cache: tuple[Any, ...] = (keys, None, None)
     if cache_size is not None:
         cache = (keys, keys, _meta(1, dtype=torch.int64))
-    rope(q, k, None if cache_size is None else v, cos, cos, weight, weight, *formula, q_out, *cache)
+    values = None if cache_size is None else v
+    rope_triton.launch(q, k, values, cos, cos, weight, weight, *formula, q_out, *cache)
 
 
 def _decode_attention(

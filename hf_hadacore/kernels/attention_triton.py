@@ -17,101 +17,18 @@ import triton
 import triton.language as tl
 
 from .attention_schedules import Schedule, choose, combined_at_a_time, pack_of
+from .attention_tiles import LOG2_P, blocks, bounds, store_rows
 from .decode_attention_triton import combine
 from .launcher import capability, has_pdl, pdl_options, power_of_2, run
-from .pointwise_triton import prefetch_lines
+from .pointwise_parts import prefetch_lines
 from .w4a16_launch import arrival_counters, processors_of
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 # Offsets in a head are 32-bit.
 _MAX_SIZE = 1 << 31
-# The numerators are 2^8 p, the largest power of two that e4m3 has.
-_LOG2_P = tl.constexpr(8.0)
-_LOG2_E = tl.constexpr(math.log2(math.e))
 _TINY = tl.constexpr(2.0**-126)
 
 _OPTIONS = pdl_options(enable_fp_fusion=True)
-
-
-@triton.jit
-def _bounds(p_start, p_end, p_position, i_b, length, queries):
-    """Of a sequence: its first key, the end of its keys, and where its first query stands."""
-    i_start = 0
-    i_end = length
-    i_position = length - queries
-    # What another program writes must not stay in L1.
-    if p_start is not None:
-        i_start = tl.maximum(tl.load(p_start + i_b, cache_modifier=".cg"), 0)
-    if p_end is not None:
-        i_end = tl.minimum(tl.load(p_end + i_b, cache_modifier=".cg"), length)
-    if p_position is not None:
-        i_position = tl.load(p_position + i_b, cache_modifier=".cg")
-    return i_start, i_end, i_position
-
-
-@triton.jit
-def _blocks(
-    i_start,
-    i_end,
-    i_position,
-    i_first,
-    i_last,
-    window,
-    i_split,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Blocks of a program among those seen by queries i_first ... i_last, and how many programs have some."""
-    if CAUSAL:
-        i_end = tl.minimum(i_end, i_position + i_last + 1)
-    if WINDOW:
-        i_start = tl.maximum(i_start, i_position + i_first - window + 1)
-    i_block = i_start // BLOCK
-    count = tl.maximum(tl.cdiv(i_end, BLOCK) - i_block, 0)
-    # One program says that nothing is seen.
-    active = tl.maximum(tl.minimum(count, SPLITS), 1)
-    i_from = i_split * count // active
-    return i_block + i_from, (i_split + 1) * count // active - i_from, active
-
-
-@triton.jit
-def _store_rows(
-    p_out,
-    p_sinks,
-    o_row,
-    i_b,
-    i_first,
-    i_head,
-    queries,
-    m_row,
-    b_acc,
-    b_max,
-    b_sum,
-    HEADS: tl.constexpr,
-    PACK: tl.constexpr,
-    D: tl.constexpr,
-    D_BLOCK: tl.constexpr,
-):
-    """Rows of the result, for heads from i_head on, from sums of values and of 2^(8 + t - max)."""
-    o_token = o_row
-    o_head = tl.zeros_like(o_row) + i_head
-    if PACK > 1:
-        o_token = o_row % queries
-        o_head += o_row // queries
-    if p_sinks is not None:
-        b_sink = tl.load(p_sinks + o_head, mask=m_row, other=0.0) * _LOG2_E
-        b_sum += tl.exp2(b_sink - tl.where(b_max == float("-inf"), 0.0, b_max) + _LOG2_P)
-    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    o_d = tl.arange(0, D_BLOCK)
-    p_out += (i_b.to(tl.int64) * queries + i_first) * (HEADS * D)
-    o_out = ((o_token - i_first) * HEADS + o_head) * D
-    tl.store(
-        p_out + (o_out[:, None] + o_d[None, :]),
-        b_out.to(p_out.dtype.element_ty),
-        mask=m_row[:, None] & (o_d < D)[None, :],
-    )
 
 
 @triton.jit(do_not_specialize=["length", "queries", "window", "rows_kept"])
@@ -188,8 +105,8 @@ def _attention_kernel(
         if SPLITS > 1:
             # What is asked into the L2 cache is right whatever is still being written, and bounds that are
             # not final yet only decide what is asked for.
-            i_start, i_end, i_position = _bounds(p_start, p_end, p_position, i_b, length, queries)
-            i_block, count, active = _blocks(
+            i_start, i_end, i_position = bounds(p_start, p_end, p_position, i_b, length, queries)
+            i_block, count, active = blocks(
                 i_start, i_end, i_position, i_first, i_last, window, i_split, CAUSAL, WINDOW, BLOCK, SPLITS
             )
             if (i_split < active) & (count > 0) & ((i_block + 1) * BLOCK <= length):
@@ -198,8 +115,8 @@ def _attention_kernel(
                 prefetch_lines(p_k + i_block * BLOCK * D + tl.minimum(o_line, BLOCK * D - 1))
                 prefetch_lines(p_v + i_block * BLOCK + tl.minimum(o_d, D - 1) * length_16)
         tl.extra.cuda.gdc_wait()
-    i_start, i_end, i_position = _bounds(p_start, p_end, p_position, i_b, length, queries)
-    i_block, count, active = _blocks(
+    i_start, i_end, i_position = bounds(p_start, p_end, p_position, i_b, length, queries)
+    i_block, count, active = blocks(
         i_start, i_end, i_position, i_first, i_last, window, i_split, CAUSAL, WINDOW, BLOCK, SPLITS
     )
     if i_split >= active:
@@ -268,7 +185,7 @@ def _attention_kernel(
             b_t = tl.where(m, b_t, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_t, axis=KEYS))
         b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_t - tl.expand_dims(b_safe_max - _LOG2_P, KEYS))
+        b_p = tl.exp2(b_t - tl.expand_dims(b_safe_max - LOG2_P, KEYS))
         b_decay = tl.exp2(b_max - b_safe_max)
         b_max = b_new_max
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=KEYS)
@@ -292,7 +209,7 @@ def _attention_kernel(
         b_acc = tl.trans(b_acc)
     i_head = i_unit % UNITS * PACK
     if SPLITS == 1 or active == 1:
-        _store_rows(
+        store_rows(
             p_out,
             p_sinks,
             o_row,
@@ -335,7 +252,7 @@ def _attention_kernel(
             )
             o_all = i_tile * ROWS + o_part
             m_all = (o_part < rows_kept) & (o_all < PACK * queries)
-            _store_rows(
+            store_rows(
                 p_out,
                 p_sinks,
                 o_all,

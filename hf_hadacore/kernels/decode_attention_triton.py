@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launcher import capability, on_device, pdl_options, power_of_2, run
-from .pointwise_triton import _prefetch
+from .pointwise_parts import prefetch
 from .w4a16_launch import arrival_counters, processors_of
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -149,8 +149,8 @@ def _decode_attention_kernel(
             b_hint = tl.load(p_mask + i_key + o_block, mask=m_hint, other=float("-inf"), cache_modifier=".cg")
             is_live = is_live & (tl.max(b_hint.to(tl.float32), axis=0) > float("-inf"))
         if is_live:
-            _prefetch(p_keys + i_key * D, BLOCK * D, BLOCK * D_BLOCK)
-            _prefetch(p_values + i_key * D, BLOCK * D, BLOCK * D_BLOCK)
+            prefetch(p_keys + i_key * D, BLOCK * D, BLOCK * D_BLOCK)
+            prefetch(p_values + i_key * D, BLOCK * D, BLOCK * D_BLOCK)
         tl.extra.cuda.gdc_wait()
 
     o_g = tl.arange(0, ROWS)

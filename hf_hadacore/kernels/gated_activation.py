@@ -68,12 +68,12 @@ def _anywhere(gate, up, activation):
 
 
 def _cuda(gate, up, activation):
-    from . import pointwise_triton
+    from . import gated_activation_triton
 
     _check(gate, up, activation)
     out = gate.new_empty(gate.shape)
     with on_device(gate.device):
-        pointwise_triton.gated_activation(gate, up, activation == "gelu_tanh", out)
+        gated_activation_triton.launch(gate, up, activation == "gelu_tanh", out)
     return out
 
 

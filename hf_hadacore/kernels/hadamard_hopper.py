@@ -2,7 +2,7 @@
 # Gluon kernels are Python in form only: tuples grow at compile time and functions return either kind.
 """The Hadamard transform of long 16-bit rows on Hopper, read by ``wgmma`` from shared memory.
 
-H_n = H_m ⊗ H_C as in `hadamard_gluon`, with m up to 256 and C = 2^c up to 256. H_m and the next rows of x lie
+H_n = H_m ⊗ H_C as in `hadamard_tile`, with m up to 256 and C = 2^c up to 256. H_m and the next rows of x lie
 in shared memory, copied there while a program works on the rows before, and are the operands of the exact
 product H_m X as they are: x is in registers never. The fp32 sums that come out, 64 or 128 rows of H_m at a
 time, hold all C columns of a row in the registers of one warp, in the order in which ``mma.m16n8k16`` wants
@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hadamard_gluon import butterflies, inner_offsets, log2, outer_offsets, pieces_of, reorder, terms
 from .hadamard_layouts import MATRIX, ROW, bit_layout
+from .hadamard_tile import butterflies, inner_offsets, log2, outer_offsets, pieces_of, reorder, terms
 from .w4a16_gluon import barrier, copy_to_shared, launch_dependents, wait_for_previous
 
 

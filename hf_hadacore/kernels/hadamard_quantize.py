@@ -11,8 +11,9 @@ Prefixes: p_ pointer, b_ values in registers, o_ offsets, m_ mask, i_ index, s_ 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hadamard_gluon import load_operands, log2, places, transform_tile
+from .hadamard_gluon import load_operands, places
 from .hadamard_layouts import make_plan, result_layout, tile_shape
+from .hadamard_tile import log2, transform_tile
 from .rotate_quantize_tiles import magnitude, scales_of, to_8_bits
 from .w4a16_gluon import launch_dependents, wait_for_previous
 

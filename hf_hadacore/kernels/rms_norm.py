@@ -141,14 +141,14 @@ def _add_anywhere(x, residual, weight, eps, weight_offset, round_before_weight):
 
 
 def _cuda(x, weight, eps, weight_offset, round_before_weight):
-    from . import pointwise_triton
+    from . import rms_norm_triton
 
     _check(x, weight)
-    if x.shape[-1] > pointwise_triton.MAX_NORM_SIZE:
+    if x.shape[-1] > rms_norm_triton.MAX_SIZE:
         return rms_norm_reference(x, weight, eps, weight_offset, round_before_weight).contiguous()
     out = x.new_empty(x.shape)
     with on_device(x.device):
-        pointwise_triton.rms_norm(x, None, weight, eps, weight_offset, round_before_weight, out, None)
+        rms_norm_triton.launch(x, None, weight, eps, weight_offset, round_before_weight, out, None)
     return out
 
 
@@ -156,15 +156,15 @@ torch.library.impl("hf_hadacore::rms_norm", "cuda", _cuda)
 
 
 def _add_cuda(x, residual, weight, eps, weight_offset, round_before_weight):
-    from . import pointwise_triton
+    from . import rms_norm_triton
 
     _check(x, weight, residual)
-    if x.shape[-1] > pointwise_triton.MAX_NORM_SIZE:
+    if x.shape[-1] > rms_norm_triton.MAX_SIZE:
         return _add_eager(x, residual, weight, eps, weight_offset, round_before_weight)
     out = x.new_empty(x.shape)
     total = out.new_empty(out.shape)
     with on_device(x.device):
-        pointwise_triton.rms_norm(x, residual, weight, eps, weight_offset, round_before_weight, out, total)
+        rms_norm_triton.launch(x, residual, weight, eps, weight_offset, round_before_weight, out, total)
     return out, total
 
 

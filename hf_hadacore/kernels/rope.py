@@ -201,7 +201,7 @@ def _cache_anywhere(
 
 
 def _cuda(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight):
-    from . import pointwise_triton
+    from . import rope_triton
 
     _check(q, k, None, cos, sin, q_weight, k_weight)
     batch, tokens, kv_heads, d = k.shape
@@ -209,7 +209,7 @@ def _cuda(q, k, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_w
     k_out = k.new_empty((batch, kv_heads, tokens, d))
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
     with on_device(q.device):
-        pointwise_triton.rope(q, k, None, cos, sin, *norm, q_out, k_out, None, None)
+        rope_triton.launch(q, k, None, cos, sin, *norm, q_out, k_out, None, None)
     return q_out.transpose(1, 2), k_out
 
 
@@ -219,13 +219,13 @@ torch.library.impl("hf_hadacore::rope", "cuda", _cuda)
 def _cache_cuda(
     q, k, v, cos, sin, q_weight, k_weight, eps, weight_offset, round_before_weight, keys, values, position
 ):
-    from . import pointwise_triton
+    from . import rope_triton
 
     _check(q, k, v, cos, sin, q_weight, k_weight, keys, values, position)
     q_out = q.new_empty(q.shape)
     norm = (q_weight, k_weight, eps, weight_offset, round_before_weight)
     with on_device(q.device):
-        pointwise_triton.rope(q, k, v, cos, sin, *norm, q_out, keys, values, position)
+        rope_triton.launch(q, k, v, cos, sin, *norm, q_out, keys, values, position)
     return q_out.transpose(1, 2)
 
 
