@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architecture import read_config_file
-from .attention.kv_layer import ATTENTION_NAMES
+from .attention.operands import ATTENTION_NAMES
 from .errors import CheckpointError, ConfigError, HadaCoreError
 from .integrity import checkpoint_files, verify_files
 from .offline.checkpoint import find_source

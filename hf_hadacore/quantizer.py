@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat, int4, integrity
-from .attention.kv_layer import ATTENTION_NAMES
+from .attention.operands import ATTENTION_NAMES
 from .config import HadaCoreConfig
 from .decoding.compile_ahead import compile_ahead
 from .decoding.generation import disable_cuda_graphs, enable_cuda_graphs

@@ -28,7 +28,8 @@ from transformers import (
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.attention.decode_cache import DecodeCache, decode_layers
-from hf_hadacore.fusion.fuse import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm, fuse, unfuse
+from hf_hadacore.fusion.forwards import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm
+from hf_hadacore.fusion.fuse import fuse, unfuse
 
 pytestmark = pytest.mark.transformers_versions
 

@@ -22,8 +22,17 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ..errors import UnsupportedError
-from .kv_layer import ATTENTION_NAMES, NewTokens
-from .operands import MODES, QuantizedKeyValue, attend, mean_key, pad_heads, padded_size, quantize_key_value
+from .new_tokens import NewTokens
+from .operands import (
+    ATTENTION_NAMES,
+    MODES,
+    QuantizedKeyValue,
+    attend,
+    mean_key,
+    pad_heads,
+    padded_size,
+    quantize_key_value,
+)
 
 logger = logging.get_logger(__name__)
 

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedError
 from .decode_cache import DecodeCache, Progress, layer_windows
-from .kv_layer import ATTENTION_NAMES, Cursor, HadaCoreLayer
-from .operands import MODES
+from .kv_layer import Cursor, HadaCoreLayer
+from .operands import ATTENTION_NAMES, MODES
 
 logger = logging.get_logger(__name__)
 

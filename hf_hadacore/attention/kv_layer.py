@@ -4,10 +4,10 @@ Keys are rotated and quantized, values quantized, as they come in, and never rea
 that a constant vector is subtracted from the keys of a sequence and head, their mean in the first prefill,
 which changes nothing in a softmax and keeps outlier channels out of the rotation. The mean is that of the
 tokens that are no padding. A cache is not told which those are, but attention is: so `update` hands new
-tokens on to attention, which has the layer store them.
+tokens on to attention, which has the layer store them: see `new_tokens`.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -15,68 +15,14 @@ from ..errors import UnsupportedError
 from ..kernels.attention_reference import BLOCK_SIZE
 from ..kernels.quantize_step import quantize_step_into_cache
 from .decode_cache import DecodeLayer, Progress
-from .operands import VALUE_DTYPE, QuantizedKeyValue, mean_key, pad_heads, padded_size, quantize_key_value
-
-# `attn_implementation` of each mode.
-ATTENTION_NAMES = {"fp8": "hadacore", "int8-fp8": "hadacore-int8-fp8"}
+from .new_tokens import NewTokens
+from .operands import VALUE_DTYPE, QuantizedKeyValue, mean_key, quantize_key_value
 
 # Buffers have a multiple of so many tokens.
 BUFFER_STEP = 128
 # Buffers of a window begin at such tokens, so that values, interleaved by 16, move with a plain copy.
 _STEP = 16
 _STATE = ("keys", "values", "key_scale", "value_scale", "constant")
-
-
-class NewTokens:
-    """Keys and values on their way from `Cache.update` to attention, which has them stored.
-
-    Args:
-        layer: that stores them.
-        key, value: ``[B, Hkv, S, D]``, rotary embeddings applied; heads may differ in size.
-
-    Attributes:
-        shape: of the keys.
-        value_dim: head size of the values.
-    """
-
-    def __init__(self, layer: "HadaCoreLayer", key: torch.Tensor, value: torch.Tensor):
-        self.layer = layer
-        self.shape = key.shape
-        self.value_dim = value.shape[-1]
-        self._size = padded_size(max(key.shape[-1], value.shape[-1]))
-        self.key, self.value = pad_heads(key, self._size), pad_heads(value, self._size)
-
-    @property
-    def are_first(self) -> bool:
-        """Whether the layer is empty."""
-        return self.layer.length == 0
-
-    def store(self, query: torch.Tensor, is_token: torch.Tensor | None) -> QuantizedKeyValue:
-        """Put the tokens into the layer.
-
-        Args:
-            query: ``[B, Hq, S, D]`` of the tokens, with heads like those of the keys.
-            is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
-
-        Returns:
-            All keys and values that attention reads.
-        """
-        return self.layer.store(pad_heads(query, self._size), self.key, self.value, is_token)
-
-    # Whatever else attention would do with a tensor ends here.
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedError(
-            "a HadaCoreCache holds 8-bit keys and values, which only "
-            + " and ".join(f"attn_implementation={name!r}" for name in ATTENTION_NAMES.values())
-            + " can read, and no model that does something else with them; use transformers' DynamicCache"
-        )
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        self.__torch_function__()
-
-    def transpose(self, *dims: int) -> NoReturn:
-        self.__torch_function__()
 
 
 class Cursor:

@@ -14,6 +14,8 @@ from ..kernels.rotate_quantize import rotate_quantize
 
 # What queries and keys become in each mode; values are e4m3.
 MODES = {"fp8": torch.float8_e4m3fn, "int8-fp8": torch.int8}
+# Their `attn_implementation`.
+ATTENTION_NAMES = {"fp8": "hadacore", "int8-fp8": "hadacore-int8-fp8"}
 VALUE_DTYPE = torch.float8_e4m3fn
 # Those of the kernels.
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)

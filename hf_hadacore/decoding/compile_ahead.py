@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..attention.decode_cache import bucket
 from ..attention.kv_cache import attention_mode
 from ..attention.operands import MODES, VALUE_DTYPE, padded_size
-from ..fusion.fuse import FusedAttention, FusedMlp, FusedNorm
+from ..fusion.forwards import FusedAttention, FusedMlp, FusedNorm
 from ..fusion.probes import NormFormula
 from ..kernels import w4a16_experts
 from ..kernels.launcher import on_device

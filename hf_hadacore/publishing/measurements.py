@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..attention.kv_layer import ATTENTION_NAMES
+from ..attention.operands import ATTENTION_NAMES
 from ..evaluation.report import describe_speed, format_estimate, format_signed
 from ..inspection import format_size
 
