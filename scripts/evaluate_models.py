@@ -131,7 +131,8 @@ def make_checkpoint(src: Path, dst: Path, config: HadaCoreConfig, options: Optio
     used = report.get("calibration") or {}
     asked = (options.samples, options.sequence_length) if calibration else (None, None)
     found = (used.get("samples"), used.get("sequence_length"))
-    if report["quantization_config"] != config.to_dict() or found != asked:
+    recipe = HadaCoreConfig(**report["quantization_config"])
+    if recipe.to_dict() != config.to_dict() or found != asked:
         raise SystemExit(f"{dst}: was made with another recipe; delete it")
 
 

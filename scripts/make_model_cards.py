@@ -1,4 +1,7 @@
-"""The cards in model_cards/, from the reports beside them; `--add DIR` takes those of another checkpoint."""
+"""The cards in model_cards/, from the reports beside them; `--add DIR` takes those of another checkpoint.
+
+DIR is a checkpoint, or a folder of reports alone as `scripts/evaluate_models.py` leaves it.
+"""
 
 import json
 import shutil
@@ -31,14 +34,17 @@ ORIGINS = {
 
 def main(
     add: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint with report and evaluations, named after its model."),
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="With a checkpoint's report and evaluations, named after its model; repeatable.",
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a card is stale.")] = False,
 ) -> None:
     """Make the model cards."""
-    if add is not None:
-        take_reports(add)
+    for folder in add or ():
+        take_reports(folder)
     stale = []
     for folder in sorted(report.parent for report in CARDS.glob(f"*/{REPORT_NAME}")):
         card, file = make_card(folder), folder / CARD_NAME
@@ -53,14 +59,31 @@ def main(
         raise typer.Exit(1)
 
 
-def take_reports(checkpoint: Path) -> None:
-    """Copy the reports of a checkpoint that is whole, and whose evaluations are of its weights."""
-    _find_origin(checkpoint.resolve().name)
-    files_to_push(checkpoint)
-    folder = CARDS / checkpoint.resolve().name
+def take_reports(source: Path) -> None:
+    """Copy the reports of a checkpoint that is whole, and whose evaluations are of its weights.
+
+    Without weights beside them the reports must at least be of one checkpoint.
+    """
+    _find_origin(source.resolve().name)
+    evaluations = sorted(source.glob(EVALUATION_PATTERN))
+    if any(source.glob("*.safetensors")):
+        files_to_push(source)
+    else:
+        _check_belong_together(source / REPORT_NAME, evaluations)
+    folder = CARDS / source.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (checkpoint / REPORT_NAME, *checkpoint.glob(EVALUATION_PATTERN)):
+    for file in (source / REPORT_NAME, *evaluations):
         shutil.copyfile(file, folder / file.name)
+
+
+def _check_belong_together(report: Path, evaluations: list[Path]) -> None:
+    made = json.loads(report.read_text("utf-8"))["quantization_config"]
+    models = [json.loads(file.read_text("utf-8"))["model"] for file in evaluations]
+    for file, model in zip(evaluations, models, strict=True):
+        if model["quantization_config"] != made or model["files"] != models[0]["files"]:
+            raise typer.BadParameter(
+                f"{file} is of another checkpoint than {report.name} or other evaluations"
+            )
 
 
 def make_card(folder: Path) -> str:

@@ -92,3 +92,31 @@ def test_refuses_unknown_models_and_evaluations_of_others(cards: Path, checkpoin
     file.write_text(json.dumps(report))
     assert "whose weights are not those" in str(run("--add", checkpoint).exception)
     assert list(cards.iterdir()) == []
+
+
+@pytest.fixture
+def reports(checkpoint: Path) -> Path:
+    """Reports without the weights, with two evaluations."""
+    for file in (*checkpoint.glob("*.safetensors"), checkpoint / "config.json"):
+        file.unlink()
+    (checkpoint / "evaluation-fp8.json").write_text((checkpoint / "evaluation.json").read_text())
+    return checkpoint
+
+
+def test_takes_reports_without_weights(cards: Path, reports: Path) -> None:
+    other = Path(shutil.copytree(reports, reports.parent / "gemma-3-270m-int4"))
+    assert run("--add", reports, "--add", other).exit_code == 0
+    assert {folder.name for folder in cards.iterdir()} == {"smollm2-135m-int4", "gemma-3-270m-int4"}
+    assert len(list((cards / "smollm2-135m-int4").iterdir())) == 4
+    assert "attention `sdpa` | attention `sdpa` |" in (cards / "smollm2-135m-int4" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["files", "quantization_config"])
+def test_reports_of_several_checkpoints_are_refused(cards: Path, reports: Path, key: str) -> None:
+    file = reports / "evaluation.json"
+    report = json.loads(file.read_text())
+    report["model"][key] = {}
+    file.write_text(json.dumps(report))
+    result = run("--add", reports)
+    assert result.exit_code == 2 and "is of another checkpoint" in " ".join(result.output.split())
+    assert list(cards.iterdir()) == []

@@ -1,0 +1,154 @@
+"""The table of the real models, from the evaluations of `evaluate_models.py`, and quality against size."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import figures
+from figure_plots import plot
+from figures import FiguresError, block, source, table
+from real_models import MODELS
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+# Of what has no card: models as they are, and those that nobody may publish.
+WITHOUT_CARD = "evaluations"
+_8BIT_ATTENTION = ("fp8", "int8-fp8")
+_METHODS = {"rtn": "", "gptq": ", GPTQ"}
+
+
+def read_evaluations() -> dict[str, list[dict[str, Any]]]:
+    """By key of `real_models.MODELS`; by checkpoint, the model itself first, then by attention.
+
+    Raises:
+        FiguresError: there are none, or one is of no such model.
+    """
+    files = sorted(
+        file
+        for folder in (CARDS, figures.RESULTS / WITHOUT_CARD)
+        for file in folder.glob("*/evaluation*.json")
+    )
+    if not files:
+        raise FiguresError("there are no evaluations; scripts/evaluate_models.py writes them")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        name = next((name for name in MODELS if file.parent.name.startswith(name)), None)
+        if name is None:
+            raise FiguresError(f"{file.parent.name}: is none of {', '.join(MODELS)}")
+        found.setdefault(name, []).append(json.loads(file.read_text("utf-8")))
+    for evaluations in found.values():
+        evaluations.sort(key=lambda one: (one["model"]["name"], _mode(one["model"])))
+    return {name: found[name] for name in MODELS if name in found}
+
+
+@block
+def real_models() -> str:
+    header = ["attention", "size", "perplexity", "nats over bf16", "KL", "same likeliest token"]
+    header += ["multiple choice", "tok/s"]
+    parts: list[str] = []
+    runs: dict[str, None] = {}
+    for name, evaluations in read_evaluations().items():
+        rows = [_baseline_row(evaluations[0])]
+        rows += [_row(evaluation) for evaluation in evaluations]
+        parts.append(table([MODELS[name].title, *header], rows))
+        for one in evaluations:
+            text = one["perplexity"]
+            runs[f"{text['tokens']:,} tokens of {text['text']}; {source(one)}"] = None
+    note = (
+        "The models are dequantized GGUF files: this is a second quantization. Differences ± standard errors "
+        "are paired. Multiple choice: accuracy of bf16, and its mean change over the tasks in points. tok/s: "
+        "greedy `generate`, one sequence, as it runs without further options."
+    )
+    return "\n\n".join([*parts, note, *runs])
+
+
+def _baseline_row(evaluation: dict[str, Any]) -> list[object]:
+    model, text = evaluation["baseline"], evaluation["perplexity"]["baseline"]
+    tasks = [task["metrics"]["acc"]["baseline"]["value"] for task in evaluation["tasks"].values()]
+    accuracy = f"{100 * sum(tasks) / len(tasks):.1f} %"
+    quality = [f"{text['value']:.2f}", "", "", "", accuracy]
+    return [*_names(model), _size(model), *quality, _rate(evaluation, "baseline")]
+
+
+def _row(evaluation: dict[str, Any]) -> list[object]:
+    model, text = evaluation["model"], evaluation["perplexity"]
+    return [
+        *_names(model),
+        _size(model),
+        f"{text['value']:.2f}",
+        _with_error(text["over_baseline"], "+.3f"),
+        f"{text['kl']['value']:.3f}",
+        f"{100 * text['top1_agreement']['value']:.1f} %",
+        _with_error(_mean_change(evaluation), "+.1f", 100),
+        _rate(evaluation, "model"),
+    ]
+
+
+def _mean_change(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Of the accuracies; the tasks' questions are independent of each other."""
+    changes = [task["metrics"]["acc"]["over_baseline"] for task in evaluation["tasks"].values()]
+    return {
+        "value": sum(change["value"] for change in changes) / len(changes),
+        "standard_error": math.hypot(*(change["standard_error"] for change in changes)) / len(changes),
+    }
+
+
+def _with_error(entry: dict[str, float], form: str, scale: int = 1) -> str:
+    return f"{entry['value'] * scale:{form}} ± {entry['standard_error'] * scale:{form.removeprefix('+')}}"
+
+
+def _names(model: dict[str, Any]) -> list[str]:
+    """Of recipe and attention."""
+    recipe = model["quantization_config"]
+    name = {"bfloat16": "bf16"}.get(model["dtype"], model["dtype"])
+    if recipe is not None:
+        order = ", act-order" if recipe["act_order"] else ""
+        name = f"int4, group {recipe['group_size']}{_METHODS[recipe['method']]}{order}"
+    return [name, _mode(model) or "as it is"]
+
+
+def _mode(model: dict[str, Any]) -> str:
+    """Of 8-bit attention, else nothing."""
+    return model["attention"] if model["attention"] in _8BIT_ATTENTION else ""
+
+
+def _size(model: dict[str, Any]) -> str:
+    return f"{model['bytes'] / 1e6:.0f} MB"
+
+
+def _rate(evaluation: dict[str, Any], which: str) -> str:
+    speed = evaluation.get("speed")
+    return f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else ""
+
+
+@plot("quality")
+def quality_size(axes: Any, result: dict[str, Any]) -> None:
+    """What each recipe costs, in nats per token over bf16, against the size of its checkpoint."""
+    for color, model in enumerate(result["models"].values()):
+        # What is no checkpoint, and full precision with 8-bit attention, have no size of their own.
+        recipes = [
+            recipe
+            for recipe in model["recipes"]
+            if recipe.get("bytes") and recipe["method"] is not None and not recipe["attention"]
+        ]
+        axes.errorbar(
+            [recipe["bytes"] / 1e6 for recipe in recipes],
+            [recipe["over_baseline"]["nll"] for recipe in recipes],
+            yerr=[recipe["over_baseline"]["standard_error"] for recipe in recipes],
+            fmt="o",
+            capsize=2,
+            color=f"C{color}",
+            label=f"{model['title']}, bf16: {model['baseline_bytes'] / 1e6:.0f} MB" if recipes else None,
+        )
+        for recipe in recipes:
+            axes.annotate(
+                recipe["recipe"].removeprefix("asymmetric, "),
+                (recipe["bytes"] / 1e6, recipe["over_baseline"]["nll"]),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize=6,
+            )
+    axes.set_xlabel("checkpoint, MB")
+    axes.set_ylabel("nats per token over bf16")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
