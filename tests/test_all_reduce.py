@@ -1,19 +1,15 @@
 """The all-reduce: the op on the CPU, and its one-shot kernel without GPUs, interpreted and compiled."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from interpreted import run_interpreted
 from rank_processes import run_ranks
 
 from hf_hadacore.kernels import all_reduce as module
 from hf_hadacore.kernels.all_reduce import MAX_BYTES, all_reduce, prepare
-
-TESTS = Path(__file__).parent
 
 
 def on_a_rank() -> list[bool]:
@@ -49,10 +45,7 @@ def test_there_is_no_group():
 
 def test_interpreted():
     pytest.importorskip("triton")
-    command = [sys.executable, str(TESTS / "interpret_all_reduce.py"), "2", "9"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "interpreted all_reduce" in done.stdout
+    assert "interpreted all_reduce" in run_interpreted("interpret_all_reduce.py", "2", "9")
 
 
 @pytest.mark.parametrize("world", module._WORLDS)

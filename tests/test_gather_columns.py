@@ -1,22 +1,15 @@
 """The gather of columns under Triton's interpreter, and compiled for GPUs that are not here."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreted import run_interpreted
 from offline import compile_for
 
 from hf_hadacore.kernels.gather_columns import _gather_kernel
 
-INTERPRETED = Path(__file__).with_name("interpret_gather_columns.py")
-
 
 def test_columns_are_gathered():
-    result = subprocess.run([sys.executable, INTERPRETED], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "cases passed" in result.stdout
+    assert "cases passed" in run_interpreted("interpret_gather_columns.py")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

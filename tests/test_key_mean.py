@@ -1,19 +1,15 @@
 """The mean of keys: the op on the CPU, and its kernel without a GPU, interpreted and compiled."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_interpreted
 from key_mean_cases import LAYOUTS, in_bounds, random_key, random_tokens
 
 from hf_hadacore.errors import FormatError
 from hf_hadacore.kernels.key_mean import key_mean
 
-TESTS = Path(__file__).parent
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -79,15 +75,7 @@ def test_programs_fill_the_gpu_and_none_is_idle():
 
 def test_interpreted():
     pytest.importorskip("triton")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_key_mean.py")],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted key_mean" in run.stdout
+    assert "interpreted key_mean" in run_interpreted("interpret_key_mean.py")
 
 
 @pytest.mark.parametrize("has_mask", [False, True])

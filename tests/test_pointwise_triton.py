@@ -1,32 +1,19 @@
 """The pointwise kernels without a GPU: interpreted for their results, compiled for what they become."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from interpreted import run_interpreted
 from offline import compile_for
 
 from hf_hadacore.kernels import gated_activation_triton, rms_norm_triton, rope_triton
 
-TESTS = Path(__file__).parent
-
 
 def test_interpreted():
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_pointwise.py")],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted norms, activations and 5 rotations" in run.stdout
+    assert "interpreted norms, activations and 5 rotations" in run_interpreted("interpret_pointwise.py")
 
 
 def norm_arguments(dtype: torch.dtype, n: int, has_residual: bool) -> dict[str, Any]:

@@ -1,20 +1,16 @@
 """quantize_step_into_cache: on the CPU, interpreted, and compiled for Hopper."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import run_interpreted
 
 from hf_hadacore.errors import FormatError, UnsupportedError
 from hf_hadacore.kernels.quantize_step import quantize_step_into_cache
 from hf_hadacore.kernels.rotate_quantize import rotate_quantize, rotate_quantize_into_cache
 
-TESTS = Path(__file__).parent
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 B, HEADS, KEY_HEADS, ROOM, D = 2, 4, 2, 20, 64
 
@@ -144,15 +140,7 @@ def test_refuses_what_does_not_fit():
 
 def test_interpreted():
     pytest.importorskip("triton")
-    paths = [TESTS, TESTS.parent, os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_quantize_step.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted quantize_step" in run.stdout
+    assert "interpreted quantize_step" in run_interpreted("interpret_quantize_step.py")
 
 
 def compile_kernel(

@@ -2,15 +2,12 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import run_interpreted
 from kernel_helpers import exact_product, in_floors, random_weight
 from tiny_models import MOE, TINY_CONFIGS, token_ids
 from torch import nn
@@ -27,7 +24,6 @@ from hf_hadacore.modules import tile_order
 from hf_hadacore.modules.experts import HadaCoreExperts, dequantize_experts
 
 EXPERTS, OUTPUTS, INPUTS = 4, 128, 256
-TESTS = Path(__file__).parent
 
 
 def tiled_experts(group_size: int = 128, symmetric: bool = False, dtype: torch.dtype = torch.float16):
@@ -140,15 +136,7 @@ def test_schedules_for_many_slots():
 
 def test_slots_are_sorted():
     pytest.importorskip("triton")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_w4a16_routing.py")],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "sorted 40 cases" in run.stdout
+    assert "sorted 40 cases" in run_interpreted("interpret_w4a16_routing.py")
 
 
 @pytest.fixture

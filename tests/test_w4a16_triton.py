@@ -1,30 +1,18 @@
 """The Triton kernel without a GPU: interpreted for its results, compiled for what it becomes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from interpreted import run_interpreted
 from offline import compile_for
 
 from hf_hadacore import int4
 from hf_hadacore.kernels import w4a16_triton
 
-TESTS = Path(__file__).parent
-
 
 def test_interpreted():
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    script = TESTS / "interpret_w4a16.py"
-    run = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted 6 shapes" in run.stdout
+    assert "interpreted 6 shapes" in run_interpreted("interpret_w4a16.py")
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
