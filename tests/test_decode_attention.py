@@ -1,10 +1,6 @@
 """Decode attention without a GPU: the kernel interpreted and compiled, and when it is called."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from interpreted import run_interpreted
 from offline import compile_for, resources
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_hadacore.attention import decode_attention
 from hf_hadacore.attention.decode_attention import decode_attention_forward
@@ -20,20 +18,11 @@ from hf_hadacore.kernels import decode_attention_triton
 from hf_hadacore.kernels.decode_attention_triton import block_of, choose_splits, fits
 from hf_hadacore.kernels.launcher import power_of_2
 
-TESTS = Path(__file__).parent
 BF16 = torch.bfloat16
 
 
 def test_interpreted():
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_decode_attention.py")],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted 72 cases" in run.stdout
+    assert "interpreted 72 cases" in run_interpreted("interpret_decode_attention.py")
 
 
 def arguments(
@@ -177,3 +166,25 @@ def test_when_the_kernel_is_called(monkeypatch, extra):
     if calls:
         _, _, mask, scale = calls[0]
         assert mask is tensors["mask"] and scale == 0.3
+
+
+@pytest.mark.transformers_versions
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "none"])
+def test_decode_attention_is_sdpa(heads, tokens, kind):
+    query = torch.randn(3, heads, tokens, 16)
+    key, value = torch.randn(2, 3, 2, 24, 16)
+    mask = torch.rand(3, 1, tokens, 24) < 0.7
+    mask[..., 5] = True
+    masks = {
+        "boolean": mask,
+        "none": None,
+        "additive": torch.zeros(mask.shape).masked_fill(~mask, -torch.inf),
+    }
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // 2
+    expected, _ = sdpa_attention_forward(module, query, key, value, masks[kind], scaling=0.3)
+    got, weights = decode_attention_forward(module, query, key, value, masks[kind], scaling=0.3)
+    torch.testing.assert_close(got, expected)
+    assert weights is None
