@@ -1,11 +1,7 @@
 """The kernel of rotate_quantize without a GPU: interpreted for its results, compiled for what it becomes."""
 
-import os
 import re
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,24 +9,16 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+from interpreted import run_interpreted
 from offline import compile_for, resources
 
 from hf_hadacore.kernels import rotate_quantize_schedules, rotate_quantize_triton
 
-TESTS = Path(__file__).parent
 E4M3, E5M2, INT8 = "*fp8e4nv:16", "*fp8e5:16", "*i8:16"
 
 
 def test_interpreted():
-    paths = [TESTS, TESTS.parent, TESTS.parent / "scripts", os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_rotate_quantize.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "interpreted rotate_quantize" in run.stdout
+    assert "interpreted rotate_quantize" in run_interpreted("interpret_rotate_quantize.py")
 
 
 def compile_kernel(
