@@ -214,6 +214,7 @@ def main(
         if speed:
             for name, variants in missing.items():
                 speeds[name] = pool.submit(time_variants, name, variants, options).result()
+            print("all are timed: other work disturbs no more", flush=True)
         evaluations = [
             pool.submit(evaluate, name, variants, speeds[name], options) for name, variants in missing.items()
         ]
