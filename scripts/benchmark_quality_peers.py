@@ -12,6 +12,7 @@ reason in its row.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -244,6 +245,9 @@ def main(
     ] = None,
     group_size: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 64 and 128.")] = None,
     symmetric: Annotated[bool, typer.Option(help="Measure symmetric weights too.")] = True,
+    only: Annotated[
+        str, typer.Option(metavar="REGEX", help="Peers' recipes to measure, by their names; default: all.")
+    ] = "",
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
     ] = None,
@@ -265,6 +269,7 @@ def main(
     for name in {*peers, *sites} - PEERS.keys():
         raise typer.BadParameter(f"{name!r} is none of {list(PEERS)}", param_hint="--peer or --site")
     recipes = recipes_of(peers, group_size or [64, 128], [False, True] if symmetric else [False])
+    recipes = [recipe for recipe in recipes if recipe.quantizer == OURS or re.search(only, recipe.name)]
     options = Options(data, work, [], device, dtype, windows, samples, sequence_length)
     command = f"--samples {samples} --sequence-length {sequence_length} --windows {windows} --dtype {dtype}"
     command += "".join(f" --site {name}=DIR" for name in sorted(sites))

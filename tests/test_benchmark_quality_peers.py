@@ -143,18 +143,21 @@ def test_reports_of_one_measurement_are_merged(tmp_path: Path) -> None:
     assert list(json.loads(file.read_text())["models"]) == ["a"]
 
 
-def test_peers_that_are_not_installed_are_left_out(
+def test_what_is_measured_by_default(
     options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found = SimpleNamespace(names=[])
 
     def record(name: str, recipes: list[Recipe], *_: object) -> dict:
-        found.names += [recipe.quantizer for recipe in recipes]
+        found.names = [recipe.quantizer for recipe in recipes]
         return {}
 
     monkeypatch.setattr(benchmark_quality_peers, "measure", record)
     for peer in PEERS.values():
         monkeypatch.delitem(sys.modules, peer.module, raising=False)
     monkeypatch.setattr(benchmark_quality_peers, "find_spec", lambda module: module == "llmcompressor")
-    benchmark_quality_peers.main(options.data, model=["tiny"], site=[f"gptqmodel={tmp_path}"], device="cpu")
-    assert set(found.names) == {OURS, "gptqmodel", "llm-compressor"}
+    arguments = {"model": ["tiny"], "site": [f"gptqmodel={tmp_path}"], "device": "cpu"}
+    benchmark_quality_peers.main(options.data, **arguments)
+    assert set(found.names) == {OURS, "gptqmodel", "llm-compressor"}  # auto-round is not installed
+    benchmark_quality_peers.main(options.data, only="AWQ, asym.*64", **arguments)
+    assert sorted(set(found.names)) == [OURS, "llm-compressor"] and found.names.count("llm-compressor") == 1
