@@ -1,10 +1,6 @@
 """The Triton kernel of 8-bit attention without a GPU: interpreted, compiled, and when it is called."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from attention_cases import E4M3, make_problem
+from interpreted import run_interpreted
 from offline import compile_for, resources
 
 from hf_hadacore.kernels import attention_triton
@@ -19,22 +16,13 @@ from hf_hadacore.kernels.attention_schedules import Schedule, choose, combined_a
 from hf_hadacore.kernels.attention_triton import fits
 from hf_hadacore.kernels.launcher import power_of_2
 
-TESTS = Path(__file__).parent
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
 PROCESSORS = {90: 132, 89: 128}
 
 
 @pytest.mark.parametrize(("group", "cases"), [("shapes", 34), ("options", 64), ("bounds", 19)])
 def test_interpreted(group, cases):
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "interpret_attention.py"), group],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert f"interpreted {cases} cases" in run.stdout
+    assert f"interpreted {cases} cases" in run_interpreted("interpret_attention.py", group)
 
 
 class Variant:
