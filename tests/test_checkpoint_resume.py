@@ -100,7 +100,8 @@ def test_sigkill(llama_dir: Path, tmp_path: Path) -> None:
     quantize(llama_dir, tmp_path / "whole", max_shard_size="20KB")
     script = """
 import os, signal, sys
-from hf_hadacore import HadaCoreConfig, checkpoint, shard_writer
+from hf_hadacore import HadaCoreConfig
+from hf_hadacore.offline import checkpoint, shard_writer
 write, calls = shard_writer._write_tensor, []
 def dying(*args):
     result = write(*args)
@@ -113,7 +114,7 @@ checkpoint.quantize_checkpoint(
     sys.argv[1], sys.argv[2], HadaCoreConfig(), max_shard_size="20KB", progress=False
 )
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
     command = [sys.executable, "-c", script, str(llama_dir), str(tmp_path / "dst")]
     assert subprocess.run(command, env=environment, timeout=240).returncode == -signal.SIGKILL
     assert not (tmp_path / "dst").exists()

@@ -23,9 +23,8 @@ from ..int4 import Int4Weight
 from ..integrity import checkpoint_files, verify_files
 from ..layer_plan import plan_layers
 from ..name_patterns import name_patterns
-from ..offline.checkpoint import find_source, write_checkpoint
+from ..offline.checkpoint import convert_checkpoint
 from ..offline.layer_record import LayerRecord, make_record
-from ..offline.staging import Staging
 from ..offline.streaming import Unit
 from ..quantizer import HadaCoreHfQuantizer
 
@@ -60,19 +59,13 @@ def export_checkpoint(
         UnsupportedError: a layer cannot be said in that format: a last group that is short, or groups that
             act-order has scattered.
     """
-    staging = Staging(dst, resume=resume)
-    if (finished := staging.finish_renamed()) is not None:
-        return finished
-    staging.check()
-    folder = find_source(src)
-    staging.check_is_outside(folder)
-    source = HadaCoreSource(folder)
-    return write_checkpoint(
-        source,
-        staging,
+    return convert_checkpoint(
         src,
-        source.provenance,
+        dst,
+        HadaCoreSource,
+        {},
         max_shard_size=max_shard_size,
+        resume=resume,
         progress=progress,
         label="Exporting",
     )

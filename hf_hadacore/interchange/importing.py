@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from ..offline.checkpoint import find_source, write_checkpoint
-from ..offline.staging import Staging
+from ..offline.checkpoint import convert_checkpoint
 from .packed_source import PackedSource
 
 
@@ -37,19 +36,13 @@ def import_checkpoint(
             already; dst exists or lies in src; the disk is too small.
         UnsupportedError: the source's format, or an option of it, has no place in the hadacore format.
     """
-    staging = Staging(dst, resume=resume)
-    if (finished := staging.finish_renamed()) is not None:
-        return finished
-    staging.check()
-    folder = find_source(src)
-    staging.check_is_outside(folder)
-    source = PackedSource(folder, tensor_parallel=tensor_parallel)
-    return write_checkpoint(
-        source,
-        staging,
+    return convert_checkpoint(
         src,
-        source.provenance,
+        dst,
+        lambda folder: PackedSource(folder, tensor_parallel=tensor_parallel),
+        {},
         max_shard_size=max_shard_size,
+        resume=resume,
         progress=progress,
         label="Importing",
     )

@@ -100,55 +100,58 @@ def quantize_checkpoint(
         UnsupportedError: method "gptq" and a model that is no stack of decoder layers, or a rotation that the
             model does not allow.
     """
-    staging = Staging(dst, resume=resume)
-    if (finished := staging.finish_renamed()) is not None:
-        return finished
-    staging.check()
-    folder = find_source(src)
-    staging.check_is_outside(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = open_source(folder, config, calibration, dtype=dtype, device=chosen, rotation=rotation)
-    work = {
-        "quantization config": config.to_dict(),
-        "device": chosen.type,
-        "rotation": "none",
-        **source.provenance,
-    }
-    return write_checkpoint(
-        source, staging, src, work, max_shard_size=max_shard_size, progress=progress, label="Quantizing"
+    return convert_checkpoint(
+        src,
+        dst,
+        lambda folder: open_source(
+            folder, config, calibration, dtype=dtype, device=chosen, rotation=rotation
+        ),
+        {"quantization config": config.to_dict(), "device": chosen.type, "rotation": "none"},
+        max_shard_size=max_shard_size,
+        resume=resume,
+        progress=progress,
+        label="Quantizing",
     )
 
 
-def write_checkpoint(
-    source: Source,
-    staging: Staging,
+def convert_checkpoint(
     src: str | os.PathLike[str],
-    work: Mapping[str, Any],
+    dst: str | os.PathLike[str],
+    open_source: Callable[[Path], Source],
+    options: Mapping[str, Any],
     *,
     max_shard_size: int | str,
+    resume: bool,
     progress: bool,
     label: str,
 ) -> dict[str, Any]:
-    """Write all units of a source, and give the finished folder its name.
+    """Make a checkpoint of what another one becomes.
 
     Args:
-        source: of the tensors.
-        staging: checked.
-        src: what the user calls the source.
-        work: what the tensors depend on, besides the source itself.
-        max_shard_size, progress: as in `quantize_checkpoint`.
+        src, dst, max_shard_size, resume, progress: as in `quantize_checkpoint`.
+        open_source: what is written, from the local folder of src.
+        options: what the tensors depend on, besides src and what the source calls its provenance.
         label: of the progress bar.
 
     Returns:
         The report.
 
     Raises:
-        CheckpointError: the disk is too small; what there is to resume is other work.
+        CheckpointError: as in `quantize_checkpoint`, and what `open_source` raises.
     """
+    staging = Staging(dst, resume=resume)
+    if (finished := staging.finish_renamed()) is not None:
+        return finished
+    staging.check()
+    folder = find_source(src)
+    staging.check_is_outside(folder)
+    source = open_source(folder)
     plan = plan_shards(
         source.outputs, max_shard_size=max_shard_size, total_parameters=source.total_parameters
     )
-    with staging.open(plan, {**_fingerprint(source, plan), **work}) as writer:
+    work = {**_fingerprint(source, plan), **options, **source.provenance}
+    with staging.open(plan, work) as writer:
         _write_shards(source, writer, progress, label)
         report = _report(source, writer.journal, plan, src)
         _write_small_files(source, plan, report, staging)
