@@ -182,7 +182,7 @@ def benchmark(
         "shapes": "Llama-3-8B in bf16, random weights",
         "max_shard_size": MAX_SHARD_SIZE,
         "baseline_peak_bytes": baseline,
-        "baseline": "a process that imports hf_hadacore.checkpoint and does nothing",
+        "baseline": "a process that imports hf_hadacore.offline.checkpoint and does nothing",
         "limit": f"{FACTOR} x largest layer + largest output shard",
         "runs": runs,
     }

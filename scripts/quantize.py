@@ -4,8 +4,7 @@
 
 `--help` lists the options. To do it from Python:
 
-    from hf_hadacore import HadaCoreConfig
-    from hf_hadacore.checkpoint import quantize_checkpoint
+    from hf_hadacore import HadaCoreConfig, quantize_checkpoint
 
     report = quantize_checkpoint(src, dst, HadaCoreConfig(group_size=128))
 """
