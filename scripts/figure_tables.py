@@ -112,6 +112,28 @@ def gpu() -> str:
 
 
 @block
+def w4a16_summary() -> str:
+    """A decoding step's products beside every peer that was measured in the same run."""
+    result = read_results("w4a16")
+    peers = {
+        "cuBLAS, bf16": "cublas_bf16",
+        "tinygemm": "tinygemm_bf16",
+        "Humming": "humming_fp16",
+        "ours": "ours_fp16",
+    }
+    cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}
+    rows: list[list[object]] = []
+    for n, k in ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192)):
+        for m in (1, 16):
+            row = cells[n, k, m]
+            us = [f"{row['us'][name]:.1f}" if name in row["us"] else "" for name in peers.values()]
+            share = row["floor_us"] / row["us"]["ours_fp16"]
+            rows.append([f"{n} x {k}, {m} token{'s' * (m > 1)}", *us, f"{share:.0%}"])
+    header = ["µs of an int4 product, group 128", *peers, "ours, of copy bandwidth"]
+    return f"{table(header, rows)}\n\n{source(result)}"
+
+
+@block
 def w4a16_speed() -> str:
     result = read_results("w4a16")
     cells = {(row["n"], row["k"], row["m"]): row for row in result["rows"]}

@@ -21,7 +21,7 @@ from figure_plots import PLOTS, is_current, write_plot
 from figures import BLOCKS, FiguresError
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/attention.md"))
 _MARKERS = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures:\2 -->)", re.DOTALL)
 
 
