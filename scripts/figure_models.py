@@ -14,6 +14,7 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 # Of what has no card: models as they are, and those that nobody may publish.
 WITHOUT_CARD = "evaluations"
 _8BIT_ATTENTION = ("fp8", "int8-fp8")
+_MARKERS = "os^vD*PX"
 _METHODS = {"rtn": "", "gptq": ", GPTQ"}
 
 
@@ -93,8 +94,10 @@ def _mean_change(evaluation: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _with_error(entry: dict[str, float], form: str, scale: int = 1) -> str:
-    return f"{entry['value'] * scale:{form}} ± {entry['standard_error'] * scale:{form.removeprefix('+')}}"
+def _with_error(entry: dict[str, Any], form: str, scale: int = 1) -> str:
+    error = entry["standard_error"]
+    known = "" if error is None else f" ± {error * scale:{form.removeprefix('+')}}"
+    return f"{entry['value'] * scale:{form}}{known}"
 
 
 def _names(model: dict[str, Any]) -> list[str]:
@@ -123,32 +126,27 @@ def _rate(evaluation: dict[str, Any], which: str) -> str:
 
 @plot("quality")
 def quality_size(axes: Any, result: dict[str, Any]) -> None:
-    """What each recipe costs, in nats per token over bf16, against the size of its checkpoint."""
+    """What recipes cost, in nats per token over bf16, against their checkpoints' size; hollow: group 128."""
+    kinds: dict[str, str] = {}
     for color, model in enumerate(result["models"].values()):
-        # What is no checkpoint, and full precision with 8-bit attention, have no size of their own.
-        recipes = [
-            recipe
-            for recipe in model["recipes"]
-            if recipe.get("bytes") and recipe["method"] is not None and not recipe["attention"]
-        ]
-        axes.errorbar(
-            [recipe["bytes"] / 1e6 for recipe in recipes],
-            [recipe["over_baseline"]["nll"] for recipe in recipes],
-            yerr=[recipe["over_baseline"]["standard_error"] for recipe in recipes],
-            fmt="o",
-            capsize=2,
-            color=f"C{color}",
-            label=f"{model['title']}, bf16: {model['baseline_bytes'] / 1e6:.0f} MB" if recipes else None,
-        )
-        for recipe in recipes:
-            axes.annotate(
-                recipe["recipe"].removeprefix("asymmetric, "),
-                (recipe["bytes"] / 1e6, recipe["over_baseline"]["nll"]),
-                xytext=(5, 3),
-                textcoords="offset points",
-                fontsize=6,
+        axes.plot([], [], "s", color=f"C{color}", label=model["title"])
+        for recipe in model["recipes"]:
+            # What is no checkpoint, or one of these with 8-bit attention, has no size of its own.
+            if not recipe.get("bytes") or recipe["method"] is None or recipe["attention"]:
+                continue
+            kind = recipe["recipe"].removeprefix(f"asymmetric, group {recipe['group_size']}, ")
+            axes.errorbar(
+                100 * recipe["bytes"] / model["baseline_bytes"],
+                recipe["over_baseline"]["nll"],
+                yerr=recipe["over_baseline"]["standard_error"],
+                marker=kinds.setdefault(kind, _MARKERS[len(kinds) % len(_MARKERS)]),
+                color=f"C{color}",
+                markerfacecolor="white" if recipe["group_size"] == 128 else None,
+                linewidth=1,
             )
-    axes.set_xlabel("checkpoint, MB")
+    for kind, marker in kinds.items():
+        axes.plot([], [], marker, color="0.4", label=kind)
+    axes.set_xlabel("checkpoint, % of bf16 (hollow: group 128)")
     axes.set_ylabel("nats per token over bf16")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")

@@ -6,11 +6,12 @@ DIR is a checkpoint, or a folder of reports alone as `scripts/evaluate_models.py
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from real_models import MODELS
 
+from hf_hadacore import HadaCoreConfig
 from hf_hadacore.offline.staging import REPORT_NAME
 from hf_hadacore.publishing.hub import files_to_push
 from hf_hadacore.publishing.model_card import CARD_NAME, EVALUATION_PATTERN, render_card
@@ -77,13 +78,16 @@ def take_reports(source: Path) -> None:
 
 
 def _check_belong_together(report: Path, evaluations: list[Path]) -> None:
-    made = json.loads(report.read_text("utf-8"))["quantization_config"]
+    made = _recipe(json.loads(report.read_text("utf-8")))
     models = [json.loads(file.read_text("utf-8"))["model"] for file in evaluations]
     for file, model in zip(evaluations, models, strict=True):
-        if model["quantization_config"] != made or model["files"] != models[0]["files"]:
-            raise typer.BadParameter(
-                f"{file} is of another checkpoint than {report.name} or other evaluations"
-            )
+        if _recipe(model) != made or model["files"] != models[0]["files"]:
+            raise typer.BadParameter(f"{file} is of another checkpoint than the files beside it")
+
+
+def _recipe(part: dict[str, Any]) -> dict[str, Any]:
+    """All options: other versions of the package may have written fewer."""
+    return HadaCoreConfig(**part["quantization_config"] or {}).to_dict()
 
 
 def make_card(folder: Path) -> str:

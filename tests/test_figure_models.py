@@ -94,7 +94,8 @@ def test_quality_against_size(module: Any, tmp_path: Path) -> None:
 
     def recipe(name: str, size: int | None, nll: float, **more: Any) -> dict[str, Any]:
         cost = {"nll": nll, "standard_error": 0.01}
-        row = {"recipe": f"asymmetric, {name}", "method": "rtn", "bytes": size, "attention": None}
+        row = {"recipe": f"asymmetric, group 64, {name}", "method": "rtn", "bytes": size, "group_size": 64}
+        row["attention"] = None
         return row | {"over_baseline": cost} | more
 
     recipes = [
@@ -106,8 +107,7 @@ def test_quality_against_size(module: Any, tmp_path: Path) -> None:
     model = {"title": "A model", "baseline_bytes": 270_000_000, "recipes": recipes}
     figure, axes = plt.subplots()
     module.quality_size(axes, {"models": {"a": model}})
-    (points,) = (container for container in axes.containers if container.get_label())
-    assert points[0].get_xydata().tolist() == [[80, 0.2]]
-    assert points.get_label() == "A model, bf16: 270 MB"
-    assert [text.get_text() for text in axes.texts] == ["searched"]
+    (point,) = axes.containers
+    assert point[0].get_xydata().tolist() == [[pytest.approx(100 * 80 / 270), 0.2]]
+    assert axes.get_legend_handles_labels()[1] == ["A model", "searched"]
     plt.close(figure)
