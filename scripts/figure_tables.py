@@ -79,6 +79,25 @@ def quality() -> str:
 
 
 @block
+def calibration_lengths() -> str:
+    """The same number of calibration tokens as fewer or more samples."""
+    results = [
+        read_results(f"quality{suffix}") for suffix in ("", "_calibration_256x512", "_calibration_512x256")
+    ]
+    recipes = ("GPTQ, act-order", "GPTQ, act-order, rotated")
+    losses = []
+    for result in results:
+        rows = result["models"]["smollm2-135m"]["recipes"]
+        losses.append({row["recipe"]: row["over_baseline"] for row in rows if row["group_size"] == 64})
+    cells: list[list[object]] = [
+        [name, *(_with_error(loss[f"asymmetric, group 64, {name}"]) for loss in losses)] for name in recipes
+    ]
+    lengths = ("128 samples of 1024", "256 of 512", "512 of 256")
+    header = ["SmolLM2-135M-Instruct, group 64: nats per token over bf16", *lengths]
+    return "\n\n".join([table(header, cells), *(source(result) for result in results[1:])])
+
+
+@block
 def cpu_speed() -> str:
     result = read_results("cpu_speed")
     names = {"decode": "decode, batch 1", "prefill": "prefill of"}
