@@ -14,6 +14,7 @@ from typing import Annotated
 
 import figure_attention  # noqa: F401  # fills BLOCKS
 import figure_hadamard  # noqa: F401
+import figure_models  # noqa: F401
 import figure_parallel  # noqa: F401
 import figure_tables  # noqa: F401
 import typer

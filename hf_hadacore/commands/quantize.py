@@ -54,8 +54,8 @@ def quantize(
             "name[:config[:split]].",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 512,
     column: Annotated[
         str | None, typer.Option(help="Column of the calibration text; default: found by its name.")
     ] = None,

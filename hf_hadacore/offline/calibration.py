@@ -37,7 +37,8 @@ class Calibration:
         source: a .txt, .json, .jsonl, .parquet or .csv file, or a hub dataset ``name[:config[:split]]``; the
             split is "train" unless given.
         samples: how many sequences.
-        sequence_length: tokens of each.
+        sequence_length: tokens of each. All tokens attend to the first of a sequence, so what it becomes
+            matters to all; as many tokens in shorter samples have more of it (docs/benchmarks.md, Quality).
         column: holds the text; None finds it.
         chat_template: the column holds conversations, lists of messages with role and content, which the
             tokenizer's chat template turns into text.
@@ -45,8 +46,8 @@ class Calibration:
     """
 
     source: str | os.PathLike[str]
-    samples: int = 128
-    sequence_length: int = 2048
+    samples: int = 512
+    sequence_length: int = 512
     column: str | None = None
     chat_template: bool = False
     seed: int = 0
