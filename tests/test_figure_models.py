@@ -1,25 +1,21 @@
 """README's table of the real models and its plot, from made-up evaluations."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-import figure_plots
+import figure_models
 import figures
 import pytest
 from figures import FiguresError
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """figure_models without evaluations; its block is the documents' only once make_figures imports it."""
-    monkeypatch.setattr(figures, "BLOCKS", {})
-    monkeypatch.setattr(figure_plots, "PLOTS", {})
-    module = importlib.import_module("figure_models")
+def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for cards, where there are no other evaluations."""
     monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "CARDS", tmp_path / "model_cards")
-    return module
+    monkeypatch.setattr(figure_models, "CARDS", tmp_path / "model_cards")
+    return tmp_path / "model_cards"
 
 
 def estimate(value: float, error: float = 0.0) -> dict[str, float]:
@@ -56,14 +52,14 @@ RTN = {"method": "rtn", "group_size": 128, "act_order": False}
 GPTQ = {"method": "gptq", "group_size": 64, "act_order": "static"}
 
 
-def test_real_models(module: Any) -> None:
-    write(module.CARDS / "smollm2-135m-int4-gptq", recipe=GPTQ, speed=None)
-    write(module.CARDS / "smollm2-135m-int4", "int8-fp8", RTN)
-    write(module.CARDS / "smollm2-135m-int4", recipe=RTN)
+def test_real_models(cards: Path) -> None:
+    write(cards / "smollm2-135m-int4-gptq", recipe=GPTQ, speed=None)
+    write(cards / "smollm2-135m-int4", "int8-fp8", RTN)
+    write(cards / "smollm2-135m-int4", recipe=RTN)
     others = figures.RESULTS / "evaluations"
     write(others / "smollm2-135m", "fp8")
     write(others / "qwen2.5-coder-0.5b-int4", recipe=RTN)
-    first, second, *notes = module.real_models().split("\n\n")
+    first, second, *notes = figure_models.real_models().split("\n\n")
     quality = "20.12 | +0.084 ± 0.001 | 0.046 | 87.6 % | +1.0 ± 0.2"
     assert first.splitlines()[2:] == [
         "| bf16 | as it is | 200 MB | 18.50 |  |  |  | 40.0 % | 62 |",
@@ -77,15 +73,15 @@ def test_real_models(module: Any) -> None:
     assert notes[1:] == ["1,023 tokens of prose.txt; a GPU; torch 2; 2026-01-02: `python x.py`"]
 
 
-def test_what_is_missing_or_unknown_is_named(module: Any) -> None:
+def test_what_is_missing_or_unknown_is_named(cards: Path) -> None:
     with pytest.raises(FiguresError, match="there are no evaluations"):
-        module.real_models()
-    write(module.CARDS / "other-int4", recipe=RTN)
+        figure_models.real_models()
+    write(cards / "other-int4", recipe=RTN)
     with pytest.raises(FiguresError, match="other-int4: is none of smollm2-135m"):
-        module.real_models()
+        figure_models.real_models()
 
 
-def test_quality_against_size(module: Any, tmp_path: Path) -> None:
+def test_quality_against_size(tmp_path: Path) -> None:
     """Of what is a checkpoint of its own."""
     import matplotlib
 
@@ -106,7 +102,7 @@ def test_quality_against_size(module: Any, tmp_path: Path) -> None:
     ]
     model = {"title": "A model", "baseline_bytes": 270_000_000, "recipes": recipes}
     figure, axes = plt.subplots()
-    module.quality_size(axes, {"models": {"a": model}})
+    figure_models.quality_size(axes, {"models": {"a": model}})
     (point,) = axes.containers
     assert point[0].get_xydata().tolist() == [[pytest.approx(100 * 80 / 270), 0.2]]
     assert axes.get_legend_handles_labels()[1] == ["A model", "searched"]

@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from ..errors import EvaluationError
+from ..text_windows import parse_dataset
 
 _BETWEEN_DOCUMENTS = "\n\n"
 
@@ -52,9 +53,9 @@ def read_text(source: str | None) -> Text:
 def _read_dataset(source: str) -> str:
     from datasets import load_dataset  # slow to import, and seldom needed
 
-    name, config, split = [*source.split(":"), "", ""][:3]
+    name, config, split = parse_dataset(source)
     try:
-        rows = load_dataset(name, config or None, split=split or "test")
+        rows = load_dataset(name, config, split=split or "test")
     except Exception as error:  # missing networks and damaged files fail in many ways
         raise EvaluationError(
             f"{source}: is neither a file nor a dataset that can be had: {' '.join(str(error).split())}"
