@@ -40,7 +40,38 @@ def quality_summary() -> str:
 
 @block
 def quality() -> str:
-    result = read_results("quality")
+    return _quality("quality")
+
+
+@block
+def quality_gemma() -> str:
+    return _quality("quality_gemma")
+
+
+@block
+def quality_peers() -> str:
+    """Other quantizers with the same calibration tokens."""
+    result = read_results("quality_peers")
+    parts = []
+    for model in result["models"].values():
+        rows = [
+            [
+                f"{row['quantizer']} {row['version']}: {row['method']}",
+                f"{row['perplexity']:.2f}",
+                _with_error(row["over_baseline"]),
+                _with_error(row["over_ours"]) if row.get("over_ours") else "",
+                f"{row['kl']['value']:.3f}",
+            ]
+            for row in model["recipes"]
+            if not row.get("failed")
+        ]
+        header = [f"{model['title']}, group 64, asymmetric", "perplexity", "nats per token over bf16"]
+        parts.append(table([*header, "over ours, first line", "KL"], rows))
+    return "\n\n".join([*parts, f"Mean ± standard error of paired windows. {source(result)}"])
+
+
+def _quality(name: str) -> str:
+    result = read_results(name)
     parts = []
     for model in result["models"].values():
         minmax = {r["group_size"]: r["over_baseline"] for r in model["recipes"] if r["method"] == "min-max"}

@@ -85,8 +85,8 @@ def quantize_checkpoint(
         rotation: Hadamard rotations folded into the weights first: "r1" of the residual stream, "r2" of the
             heads' values, "r1r2" of both, "none". The model computes the same, and nothing is left to do at
             run time, but for R1 of a model whose head is tied to the embedding: two transforms of the hidden
-            states. "auto" is the first of "r1r2" and "r2" that the model allows for method "gptq", and "none"
-            for "rtn", which rotations make worse.
+            states. "auto" is "r1r2" for method "gptq", if the model allows it, else "none": rotations make
+            "rtn" worse.
 
     Returns:
         The report, which also lies in DST as `quantization_report.json`.

@@ -31,7 +31,6 @@ logger = logging.get_logger(__name__)
 # Two widths of the tiny model, the first of which it is run with.
 _WIDTHS = (24, 40)
 _NARROW = 16
-_BEST_FIRST = ("r1r2", "r2")  # scripts/results/quality.json
 _PROBE_TOKENS = 6
 # Of the largest logit. Norms and softmax compute in fp32 whatever their input; a wrong plan changes more.
 _TOLERANCE = 1e-3
@@ -70,16 +69,17 @@ def _apply(rotation: WeightRotation, model: PreTrainedModel) -> None:
 
 
 def choose_rotation(model: PreTrainedModel) -> WeightRotation:
-    """The rotation that is best for GPTQ among those that a model allows.
+    """What GPTQ gains by: R1 and R2 if the model allows both, else nothing.
+
+    R2 alone made weights worse where it was tried (scripts/results/quality_gemma.json).
 
     Args:
         model: as for `plan_rotation`.
     """
-    for kind in _BEST_FIRST:
-        try:
-            return plan_rotation(model, kind, keep_tied=True)
-        except UnsupportedError as error:
-            logger.info(f"HadaCore: {error}")
+    try:
+        return plan_rotation(model, "r1r2", keep_tied=True)
+    except UnsupportedError as error:
+        logger.info(f"HadaCore: {error}")
     return plan_rotation(model, "none")
 
 
