@@ -92,7 +92,7 @@ class HadaCoreSource:
         if config.stream_rotation is not None:
             raise UnsupportedError(
                 f"{folder}: its residual stream is rotated at run time, not so in {EXPORT_FORMATS[0]}; "
-                'quantize with rotation="r2" or "none" (--rotate)'
+                'quantize with rotation="none" (--rotate none)'
             )
         files = checkpoint_files(folder)
         self.stored = self.headers = verify_files(files)
