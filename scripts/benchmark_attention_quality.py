@@ -7,22 +7,18 @@ Weights and everything but attention are fp32. All kinds of attention read the s
 values; the baseline is PyTorch's on them. The models are dequantized GGUF files.
 """
 
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import transformers
 import typer
-from benchmark_quality import as_json, merge_report
+from quality_report import about_quality, as_json, merge_report
 from real_models import MODELS, export_checkpoint
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 
-import hf_hadacore
 from hf_hadacore.attention.functional import quantized_attention
 from hf_hadacore.attention.interface import interval_mask
 from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_difference, perplexity
@@ -143,20 +139,8 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     content = text.read_text(encoding="utf-8")
-    report: dict[str, Any] = {
-        "command": f"python scripts/benchmark_attention_quality.py --text {text.name}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "text": text.name,
-        "context": CONTEXT,
-        "models": {},
-    }
+    command = f"python scripts/benchmark_attention_quality.py --text {text.name}"
+    report = about_quality(command, "cpu", text.name, CONTEXT)
     for name in model or list(MODELS):
         start = time.perf_counter()
         measured = measure(name, content, windows, work)

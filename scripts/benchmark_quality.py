@@ -9,31 +9,25 @@ measured is a second quantization. SmolLM2's weights stem from a group-32 grid w
 integer zeros, as here, do not rediscover; group 32 is left out all the same.
 """
 
-import json
 import multiprocessing
-import platform
 import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import transformers
 import typer
+from quality_report import about_model, about_quality, as_json, merge_report, scores
 from real_models import MODELS, export_checkpoint
 from torch import nn
 from transformers import PreTrainedModel
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
-from hf_hadacore.evaluation.report import as_json as estimate_as_json
-from hf_hadacore.evaluation.report import device_name
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.layer_plan import plan_layers
 from hf_hadacore.offline.calibration import Calibration
@@ -129,6 +123,11 @@ class Options(NamedTuple):
     samples: int
     sequence_length: int
 
+    @property
+    def calibration(self) -> Calibration:
+        """What GPTQ is shown."""
+        return Calibration(self.data / CALIBRATION, self.samples, self.sequence_length)
+
 
 def quantize(recipe: Recipe, src: Path, dst: Path, options: Options) -> dict[str, Any]:
     """Write the checkpoint of a recipe as users do.
@@ -142,14 +141,13 @@ def quantize(recipe: Recipe, src: Path, dst: Path, options: Options) -> dict[str
         act_order=recipe.act_order,
         quantize_lm_head=recipe.quantize_lm_head,
     )
-    calibration = Calibration(options.data / CALIBRATION, options.samples, options.sequence_length)
     start = time.perf_counter()
     report = quantize_checkpoint(
         src,
         dst,
         config,
         device=options.device,
-        calibration=calibration if recipe.method == "gptq" else None,
+        calibration=options.calibration if recipe.method == "gptq" else None,
         rotation=recipe.rotation,
     )
     seconds = time.perf_counter() - start
@@ -191,10 +189,6 @@ def put_minmax_values(model: PreTrainedModel, group_size: int) -> dict[str, Any]
         "bytes": None,  # no checkpoint
         "relative_weight_error": round(sum(errors) / len(errors), 5),
     }
-
-
-def as_json(difference: tuple[float, float]) -> dict[str, float]:
-    return {"nll": round(difference[0], 5), "standard_error": round(difference[1], 5)}
 
 
 def make_models(
@@ -251,10 +245,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
             **recipe._asdict(),
             "recipe": recipe.name,
             **facts,
-            "perplexity": round(nll.perplexity, 3),
-            "over_baseline": as_json(paired_difference(nll, expected)),
-            "kl": estimate_as_json(results[recipe].kl),
-            "top1_agreement": estimate_as_json(results[recipe].top1_agreement),
+            **scores(results[recipe], expected),
         }
         for gain, step in recipe.steps_before().items():
             if step in results:
@@ -265,10 +256,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         rows.append(row)
         print(f"{name}: {describe(row)}", flush=True)
     return {
-        "title": MODELS[name].title,
-        "origin": "dequantized GGUF",
-        "tokens": expected.token_nll.numel(),
-        "baseline_perplexity": round(expected.perplexity, 3),
+        **about_model(name, expected),
         "baseline_bytes": inspect_checkpoint(src)["bytes"],
         "recipes": rows,
         "seconds": round(time.perf_counter() - start),
@@ -314,20 +302,9 @@ def main(
     options = Options(data, work, recipes, device, dtype, windows, samples, sequence_length)
     command = [f"--samples {samples} --sequence-length {sequence_length} --windows {windows} --dtype {dtype}"]
     command += [f"--only '{only}'"] * bool(only)
-    report: dict[str, Any] = {
-        "command": " ".join(["python scripts/benchmark_quality.py --data DATA", *command]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name(torch.device(device)),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "text": TEXT,
-        "context": CONTEXT,
-        "models": {},
-    }
+    report = about_quality(
+        " ".join(["python scripts/benchmark_quality.py --data DATA", *command]), device, TEXT, CONTEXT
+    )
     names = model or list(MODELS)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(measure, name, options): name for name in names}
@@ -338,15 +315,6 @@ def main(
     for name, measured in report["models"].items():
         print(f"\n{name}, {measured['tokens']} tokens, bf16 perplexity {measured['baseline_perplexity']}")
         print("\n".join(describe(row) for row in measured["recipes"]))
-
-
-def merge_report(report: dict[str, Any], file: Path) -> None:
-    """Write the report, and keep what the file says of other models measured in the same way."""
-    if file.exists():
-        before = json.loads(file.read_text())
-        if all(before[key] == report[key] for key in ("device", "versions", "text", "context")):
-            report["models"] = before["models"] | report["models"]
-    file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ import benchmark_quality
 import torch
 import transformers
 import typer
-from benchmark_quality import CALIBRATION, TEXT, WINDOWS, Options, as_json, describe, load
+from benchmark_quality import CALIBRATION, TEXT, WINDOWS, Options, describe, load
 from gpu_report import about_this_run
 from quality_peers import PEERS, Task
+from quality_report import about_model, as_json, scores
 from real_models import MODELS, export_checkpoint
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -35,11 +36,10 @@ from transformers import PreTrainedModel
 import hf_hadacore
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
-from hf_hadacore.evaluation.report import as_json as estimate_as_json
 from hf_hadacore.evaluation.report import device_name
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.interchange.importing import import_checkpoint
-from hf_hadacore.offline.calibration import Calibration, calibration_tokens, load_tokenizer
+from hf_hadacore.offline.calibration import calibration_tokens, load_tokenizer
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 OURS = "hf_hadacore"
@@ -85,10 +85,6 @@ def recipes_of(peers: list[str], group_sizes: list[int], symmetries: list[bool])
     ]
 
 
-def calibration_of(options: Options) -> Calibration:
-    return Calibration(options.data / CALIBRATION, options.samples, options.sequence_length)
-
-
 def quantize(
     recipe: Recipe, src: Path, dst: Path, options: Options, sites: dict[str, Path]
 ) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def quantize(
         dst,
         config,
         device=options.device,
-        calibration=calibration_of(options),
+        calibration=options.calibration,
         rotation=OUR_METHODS[recipe.method],
     )
     seconds = time.perf_counter() - start
@@ -129,7 +125,7 @@ def quantize_with_peer(
     with tempfile.TemporaryDirectory(dir=dst.parent) as temporary:
         folder = Path(temporary)
         tokens, target, report = folder / "tokens.safetensors", folder / "peer", folder / "report.json"
-        save_file({"tokens": calibration_tokens(calibration_of(options), load_tokenizer(src))}, tokens)
+        save_file({"tokens": calibration_tokens(options.calibration, load_tokenizer(src))}, tokens)
         task = Task(
             peer=recipe.quantizer,
             method=recipe.method,
@@ -198,21 +194,14 @@ def measure(name: str, recipes: list[Recipe], options: Options, sites: dict[str,
     )
     results = dict(zip(models, found, strict=True))
     for recipe, result in results.items():
-        nll = result.perplexity
-        rows[recipe] |= {
-            "perplexity": round(nll.perplexity, 3),
-            "over_baseline": as_json(paired_difference(nll, expected)),
-            "kl": estimate_as_json(result.kl),
-            "top1_agreement": estimate_as_json(result.top1_agreement),
-        }
+        rows[recipe] |= scores(result, expected)
         if recipe != recipe.ours and recipe.ours in results:
-            rows[recipe]["over_ours"] = as_json(paired_difference(nll, results[recipe.ours].perplexity))
+            rows[recipe]["over_ours"] = as_json(
+                paired_difference(result.perplexity, results[recipe.ours].perplexity)
+            )
         print(f"{name}: {describe(rows[recipe])}", flush=True)
     return {
-        "title": MODELS[name].title,
-        "origin": "dequantized GGUF",
-        "tokens": expected.token_nll.numel(),
-        "baseline_perplexity": round(expected.perplexity, 3),
+        **about_model(name, expected),
         "recipes": list(rows.values()),
     }
 

@@ -6,26 +6,21 @@ It is for choosing defaults, so the text is not the one that results are publish
 calibrates, and the rest is read. The models are dequantized GGUF files.
 """
 
-import platform
 import re
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import transformers
 import typer
-from benchmark_quality import as_json, merge_report
+from quality_report import about_model, about_quality, as_json, merge_report
 from real_models import MODELS, export_checkpoint
 from transformers import PreTrainedModel
 
-import hf_hadacore
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import UnsupportedError
 from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_difference, perplexity
-from hf_hadacore.evaluation.report import device_name
 from hf_hadacore.offline.calibration import Calibration
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.offline.rotation_search import rotate_model
@@ -141,10 +136,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         rows.append(row)
         print(f"{name}: {recipe.name:32} {row['perplexity']:8.3f}", row.get("gain_over_no_rotation", ""))
     return {
-        "title": MODELS[name].title,
-        "origin": "dequantized GGUF",
-        "tokens": expected.token_nll.numel(),
-        "baseline_perplexity": round(expected.perplexity, 3),
+        **about_model(name, expected),
         "recipes": rows,
     }
 
@@ -167,21 +159,11 @@ def main(
     recipes = [recipe for recipe in RECIPES if re.search(only, recipe.name)]
     content = text.read_text(encoding="utf-8")
     options = Options(content, work, recipes, device, dtype, context, windows, samples)
-    report: dict[str, Any] = {
-        "command": f"python scripts/benchmark_rotation.py --text {text.name} --context {context} "
-        f"--windows {windows} --samples {samples} --dtype {dtype}" + (f" --only '{only}'" if only else ""),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name(torch.device(device)),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "text": text.name,
-        "context": context,
-        "models": {},
-    }
+    command = (
+        f"python scripts/benchmark_rotation.py --text {text.name} --context {context} "
+        f"--windows {windows} --samples {samples} --dtype {dtype}" + (f" --only '{only}'" if only else "")
+    )
+    report = about_quality(command, device, text.name, context)
     for name in model or list(MODELS):
         start = time.perf_counter()
         measured = measure(name, options)

@@ -2,26 +2,15 @@
 
 from pathlib import Path
 
-import benchmark_quality
 import pytest
 from benchmark_quality import RECIPES, Options, Recipe, measure
-from evaluation_cases import random_words, word_tokenizer
-from real_models import MODELS
-from tiny_models import make_model
+from quality_cases import make_tiny_benchmark
 
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
-    monkeypatch.setitem(MODELS, "tiny", MODELS["smollm2-135m"])
-    monkeypatch.setattr(benchmark_quality, "CONTEXT", 16)
-    make_model("llama").save_pretrained(tmp_path / "tiny")
-    word_tokenizer().save_pretrained(tmp_path / "tiny")
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / benchmark_quality.TEXT).write_text(random_words(100))
-    (data / benchmark_quality.CALIBRATION).write_text(random_words(400, seed=1))
     return Options(
-        *(data, tmp_path, RECIPES),
+        *(make_tiny_benchmark(tmp_path, monkeypatch), tmp_path, RECIPES),
         **{"device": "cpu", "dtype": "bfloat16", "windows": 3, "samples": 8, "sequence_length": 32},
     )
 

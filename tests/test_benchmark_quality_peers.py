@@ -11,11 +11,10 @@ import pytest
 import torch
 from benchmark_quality import Options
 from benchmark_quality_peers import OURS, Recipe, measure, merge_report, recipes_of
-from evaluation_cases import random_words, word_tokenizer
+from evaluation_cases import word_tokenizer
+from quality_cases import make_tiny_benchmark
 from quality_peers import PEERS
-from real_models import MODELS
 from safetensors.torch import load_file
-from tiny_models import make_model
 
 from hf_hadacore.offline.calibration import Calibration, calibration_tokens
 
@@ -61,16 +60,8 @@ class AutoRound:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
-    monkeypatch.setitem(MODELS, "tiny", MODELS["smollm2-135m"])
-    monkeypatch.setattr(benchmark_quality, "CONTEXT", 16)
-    make_model("llama").save_pretrained(tmp_path / "tiny")
-    word_tokenizer().save_pretrained(tmp_path / "tiny")
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / benchmark_quality.TEXT).write_text(random_words(100))
-    (data / benchmark_quality.CALIBRATION).write_text(random_words(400, seed=1))
     return Options(
-        *(data, tmp_path, [benchmark_quality.Recipe("min-max", 32)]),
+        *(make_tiny_benchmark(tmp_path, monkeypatch), tmp_path, [benchmark_quality.Recipe("min-max", 32)]),
         **{"device": "cpu", "dtype": "float32", "windows": 3, "samples": 10, "sequence_length": 32},
     )
 
