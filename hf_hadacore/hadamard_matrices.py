@@ -51,6 +51,15 @@ def hadamard_factors(n: int) -> tuple[int, ...]:
     return factors
 
 
+def has_hadamard_matrix(n: int) -> bool:
+    """Whether `hadamard_factors` knows a Hadamard matrix of this order.
+
+    Args:
+        n: the size.
+    """
+    return n >= 1 and _factors(n) is not None
+
+
 def hadamard_matrix(n: int) -> torch.Tensor:
     """The matrix that `hadamard_factors` stands for.
 

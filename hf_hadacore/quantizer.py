@@ -239,10 +239,10 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             if name.endswith("_scale") and not parameter.is_meta and not parameter.isfinite().all():
                 raise CheckpointError(f"{name} holds NaN or infinite scales; the checkpoint is damaged")
         compat.drop_converters_of(model, [name for name, _ in _int4_parameters(model)])
-        if self.quantization_config.stream_rotation is not None:
-            rotate_stream(model, StreamRotation(**self.quantization_config.stream_rotation))
         if self.quantization_config.dequantize:
             return self._dequantize(model)
+        if self.quantization_config.stream_rotation is not None:
+            rotate_stream(model, StreamRotation(**self.quantization_config.stream_rotation))
         if self._plan.tied_head is not None:
             quantize_tied_head(model, self._plan.tied_head, self.quantization_config)
         for module in model.modules():

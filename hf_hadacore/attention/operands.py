@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..errors import UnsupportedError
-from ..hadamard_matrices import hadamard_factors
+from ..hadamard_matrices import has_hadamard_matrix
 from ..kernels.attention import attention_8bit
 from ..kernels.attention_reference import BLOCK_SIZE
 from ..kernels.key_mean import key_mean
@@ -53,17 +52,9 @@ def padded_size(d: int, rotate: bool = True) -> int:
         if d <= size:
             return size
     size = d + d % 2
-    while rotate and not _has_rotation(size):
+    while rotate and not has_hadamard_matrix(size):
         size += 2
     return size
-
-
-def _has_rotation(n: int) -> bool:
-    try:
-        hadamard_factors(n)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def pad_heads(x: torch.Tensor, size: int) -> torch.Tensor:

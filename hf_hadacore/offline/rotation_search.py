@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedError
 from ..fusion.probes import norm_formula
-from ..hadamard_matrices import hadamard_factors
+from ..hadamard_matrices import has_hadamard_matrix
 from ..modules.experts import expert_projections
 from ..modules.stream_rotation import StreamRotation, rotate_stream
 from ..parallel.permutation_search import permutation_groups
@@ -52,7 +52,7 @@ def rotate_model(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """
     rotation = plan_rotation(model, kind)
     head: Any = model.get_output_embeddings()
-    if rotation.unties_head and model.all_tied_weights_keys:
+    if "r1" in kind and model.all_tied_weights_keys:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
@@ -181,7 +181,7 @@ def _head_changes(tiny: PreTrainedModel) -> dict[str, ParameterChange]:
     """R2 of all attention layers that allow it."""
     changes: dict[str, ParameterChange] = {}
     for group in permutation_groups(tiny):
-        if group.head_dim is None or not group.producers or not _has_hadamard(group.head_dim):
+        if group.head_dim is None or not group.producers or not has_hadamard_matrix(group.head_dim):
             continue
         (writer_name,), (reader_name,) = group.producers, group.consumers
         writer: Any = tiny.get_submodule(writer_name)
@@ -194,14 +194,6 @@ def _head_changes(tiny: PreTrainedModel) -> dict[str, ParameterChange]:
             changes[f"{writer_name}.bias"] = change
         changes[f"{reader_name}.weight"] = ParameterChange((AxisRotation(1, group.head_dim),))
     return changes
-
-
-def _has_hadamard(n: int) -> bool:
-    try:
-        hadamard_factors(n)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _residual_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -221,7 +213,7 @@ def _residual_changes(
     model: PreTrainedModel, tiny: PreTrainedModel
 ) -> tuple[dict[str, ParameterChange], dict[str, float]]:
     """R1 of all Parameters, and the norms whose gains are folded."""
-    if not _has_hadamard(model.config.hidden_size):
+    if not has_hadamard_matrix(model.config.hidden_size):
         raise UnsupportedError(f"no Hadamard matrix of its size, {model.config.hidden_size}, can be built")
     axes = {name: found for name, found in _residual_axes(model).items() if found}
     modules: dict[str, Any] = dict(tiny.named_modules())

@@ -68,7 +68,6 @@ class WeightRotation:
 
     Attributes:
         kind, changes, norms, stream: as given.
-        unties_head: whether embedding and head need tensors of their own.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class WeightRotation:
         stream: StreamRotation | None = None,
     ):
         self.kind, self.changes, self.norms, self.stream = kind, changes, norms, stream
-        self.unties_head = "r1" in kind and stream is None
         self._gains: dict[str, torch.Tensor] = {}
 
     def set_gains(self, values: Mapping[str, torch.Tensor]) -> None:
