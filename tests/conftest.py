@@ -11,6 +11,8 @@ from tiny_models import TINY_CONFIGS, make_model
 from hf_hadacore.attention import decode_cache, kv_layer
 from hf_hadacore.decoding.generation import DecodeGraphs
 
+pytest_plugins = ["hub_fixtures"]
+
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 

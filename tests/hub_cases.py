@@ -14,6 +14,9 @@ from hf_hadacore import HadaCoreConfig
 from hf_hadacore.cli import app
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
+# Of `make_checkpoint`.
+SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+
 
 def run(*arguments: object) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -52,3 +55,7 @@ def use_hub(url: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 def transfers(hub: HubServer) -> list[str]:
     """The LFS objects that were sent, in their order."""
     return [path for method, path in hub.requests if method == "PUT"]
+
+
+def pushed_files(hub: HubServer, revision: str = "main") -> set[str]:
+    return set(hub.repositories["user/int4"].files(revision)) - {".gitattributes"}

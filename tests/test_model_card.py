@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_cases import random_words, write_task
-from hub_cases import copy_checkpoint, make_checkpoint, run
+from hub_cases import run
 from hub_server import card_problems
 from huggingface_hub import ModelCard
 from tiny_models import make_model, token_ids
@@ -21,11 +21,6 @@ from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 from hf_hadacore.offline.licenses import find_license
 from hf_hadacore.publishing.model_card import card_of, is_generated, render_card, write_card
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +42,6 @@ def evaluation(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "evaluation.json"
     file.write_text(json.dumps({"command": "hadacore evaluate int4 --text words.txt", **report}))
     return file
-
-
-@pytest.fixture
-def checkpoint(made: Path, tmp_path: Path) -> Path:
-    return copy_checkpoint(made, tmp_path)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
