@@ -8,6 +8,7 @@ Weights are random and made on the GPU, so the figures are about speed and memor
 are bf16 and int4 weights, each with transformers' dynamic cache ("eager") and with CUDA graphs ("graphs").
 """
 
+import functools
 import gc
 import json
 import statistics
@@ -101,17 +102,13 @@ def meta_model(config: PreTrainedConfig, quantizer: HadaCoreHfQuantizer | None) 
     return model
 
 
-def fill_randomly(model: Any, device: str = "cuda") -> None:
-    """Give a model random weights; one that is divided among ranks gets the same ones in every part.
-
-    Args:
-        model: int4 or not.
-        device: where it is.
-    """
-    generator = torch.Generator(device).manual_seed(0)
+def fill_randomly(model: Any) -> None:
+    """Give a model random weights, int4 or not; one that is divided gets the same ones in every part."""
+    generator_of = functools.cache(lambda device: torch.Generator(device).manual_seed(0))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        generator = generator_of(values.device)
         if values.dtype == torch.int32:
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif name.endswith("_scale"):

@@ -282,8 +282,10 @@ def main(
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = Calibration.samples,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens of a calibration sample.")
+    ] = Calibration.sequence_length,
     work: Annotated[
         Path, typer.Option(help="Where checkpoints are exported to, unless they are there.")
     ] = Path("demo_output"),

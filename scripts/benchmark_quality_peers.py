@@ -39,7 +39,7 @@ from hf_hadacore.evaluation.perplexity import compare, encode, paired_difference
 from hf_hadacore.evaluation.report import device_name
 from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.interchange.importing import import_checkpoint
-from hf_hadacore.offline.calibration import calibration_tokens, load_tokenizer
+from hf_hadacore.offline.calibration import Calibration, calibration_tokens, load_tokenizer
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
 
 OURS = "hf_hadacore"
@@ -240,8 +240,10 @@ def main(
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = Calibration.samples,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens of a calibration sample.")
+    ] = Calibration.sequence_length,
     work: Annotated[
         Path, typer.Option(help="Where checkpoints are exported to, unless they are there.")
     ] = Path("demo_output"),

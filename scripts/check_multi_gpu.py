@@ -12,7 +12,9 @@ speed: an int4 checkpoint whose files are holes, which read as zeros and take no
 `from_pretrained` on one GPU and by tensor parallelism, filled with random weights where it lies, and timed in
 `generate` with CUDA graphs, with bf16 attention and with 8-bit attention. The share that collectives take of
 a step is read from a profile of one replay; waiting for the other ranks is part of it. With --one-shot ranks
-are timed again with `hf_hadacore.parallel.one_shot`, which is then what the logits are made with, too.
+are timed again with `hf_hadacore.parallel.one_shot`, which is then what the logits are made with, too. With
+--auto one process with all GPUs, as device_map="auto" makes it, is timed behind them: its layers follow each
+other from GPU to GPU, which no single CUDA graph captures.
 
 Without a GPU the logits of a tiny model are checked with gloo.
 """
@@ -20,6 +22,7 @@ Without a GPU the logits of a tiny model are checked with gloo.
 import gc
 import itertools
 import tempfile
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +80,8 @@ def tiny(layers: int) -> LlamaConfig:
 
 
 SHAPES = {"llama-8b": llama_8b, "llama-70b": llama_70b, "tiny": tiny}
+# With fewer, device_map="auto" puts an int4 model on one GPU.
+LOGITS_LAYERS = 8
 LAYERS = {"llama-8b": 32, "llama-70b": 80, "tiny": 2}
 
 
@@ -94,10 +99,7 @@ def load(folder: Path, attention: str, place: str) -> Any:
     """
     where: dict[str, Any] = {"device_map": {"": device_name()}}
     if place == "auto":
-        # A share of the memory that none of them can do with alone.
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        most = int(1.6 * size / torch.cuda.device_count()) + 1
-        where = {"device_map": "auto", "max_memory": dict.fromkeys(range(torch.cuda.device_count()), most)}
+        where = {"device_map": "auto"}
     elif place == "ranks":
         where = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
     return AutoModelForCausalLM.from_pretrained(
@@ -251,6 +253,31 @@ def write_hollow_checkpoint(folder: Path, config: LlamaConfig) -> int:
     return plan.total_bytes
 
 
+def measure_auto(folder: Path, batches: list[int], new_tokens: int) -> dict[str, Any]:
+    """Times of `generate` of a model whose layers device_map="auto" has put on all GPUs.
+
+    Its steps take tens of times as long as a graph's, and a quarter as many say as much.
+    """
+    new_tokens = max(2, new_tokens // 4)
+    transformers.logging.disable_progress_bar()
+    model = load(folder, "bf16", "auto")
+    with torch.no_grad():
+        fill_randomly(model)
+    results: dict[str, Any] = {"memory_gib": most_memory_gib()}
+    for attention, implementation in ATTENTION.items():
+        model.set_attn_implementation(implementation)
+        for batch in batches:
+            row = measure_generate(model, batch, new_tokens, graphs=False, profile=False)
+            results[f"{attention} batch {batch}"] = row | {"peak_memory_gib": most_memory_gib(peak=True)}
+    return results
+
+
+def most_memory_gib(peak: bool = False) -> float:
+    """Of the GPU that holds the most for this process."""
+    read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+    return round(max(map(read, range(torch.cuda.device_count()))) / 2**30, 2)
+
+
 def measure_speed(folder: Path, batches: list[int], new_tokens: int, with_one_shot: bool) -> dict[str, Any]:
     """Times of `generate` on the ranks of this process group, by attention and batch."""
     transformers.logging.disable_progress_bar()
@@ -291,19 +318,32 @@ def collectives_share(model: Any) -> float:
     return sum(time for key, time in spent.items() if key.startswith(COLLECTIVES)) / sum(spent.values())
 
 
-def check_speed(config: LlamaConfig, counts: list[int], *options: Any) -> dict[str, Any]:
-    """`measure_speed` on several numbers of ranks, and how much faster each is than the first."""
+def check_speed(
+    config: LlamaConfig, counts: list[int], sizes: list[int], new_tokens: int, with_one_shot: bool, auto: bool
+) -> Iterator[dict[str, Any]]:
+    """What is known of the speed after each place, beside the first; a run that is stopped keeps it."""
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_hollow_checkpoint(folder, config)
-        results = {f"tp {ranks}": run_ranks(measure_speed, ranks, folder, *options) for ranks in counts}
-    first = results[f"tp {counts[0]}"]
+        total = write_hollow_checkpoint(folder, config)
+        for ranks in counts:
+            options = (folder, sizes, new_tokens, with_one_shot)
+            results[f"tp {ranks}"] = run_ranks(measure_speed, ranks, *options)
+            yield {"checkpoint_bytes": total, "results": with_speedups(results)}
+        if auto:
+            results["auto"] = run_ranks(measure_auto, 1, folder, sizes, new_tokens)
+            yield {"checkpoint_bytes": total, "results": with_speedups(results)}
+
+
+def with_speedups(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How much faster each place is than the first, written into its rows."""
+    first, base = next(iter(results.items()))
     for result in results.values():
         for case, row in result.items():
             if isinstance(row, dict):
-                base = first[case.removeprefix("one-shot ")]["tokens_per_second"]
-                row[f"speedup_over_tp_{counts[0]}"] = round(row["tokens_per_second"] / base, 3)
-    return {"checkpoint_bytes": size, "results": results}
+                ratio = row["tokens_per_second"] / base[case.removeprefix("one-shot ")]["tokens_per_second"]
+                row[f"speedup_over_{first.replace(' ', '_')}"] = round(ratio, 3)
+    return results
 
 
 def print_speed(results: dict[str, dict[str, Any]]) -> None:
@@ -313,36 +353,29 @@ def print_speed(results: dict[str, dict[str, Any]]) -> None:
             if isinstance(row, dict):
                 shown = ("tokens_per_second", "replay_ms", "collectives_share", "time_to_first_token_ms")
                 speedup = next(value for key, value in row.items() if key.startswith("speedup"))
-                print(f"  {case}: {speedup:.2f}x", {key: row[key] for key in shown})
+                print(f"  {case}: {speedup:.2f}x", {key: row[key] for key in shown if key in row})
 
 
 def main(
     part: Annotated[list[Part] | None, typer.Option(help="What to do; default everything.")] = None,
     shape: Annotated[str | None, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Default 4 for logits, all for speed.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help=f"Default {LOGITS_LAYERS} for logits, all for speed.")
+    ] = None,
     tp: Annotated[
-        str | None, typer.Option(help="Numbers of ranks for speed; default 1 and all GPUs.")
+        str | None, typer.Option(help="Numbers of ranks for speed, or none (''); default 1 and all GPUs.")
     ] = None,
     batches: Annotated[str, typer.Option(help="Separated by commas.")] = "1,16",
     new_tokens: int = 64,
     one_shot: Annotated[bool, typer.Option(help="Try `hf_hadacore.parallel.one_shot`, too.")] = False,
+    auto: Annotated[bool, typer.Option(help='Time device_map="auto" on all GPUs, too.')] = False,
     json_file: JsonFile = None,
 ) -> None:
     gpus = torch.cuda.device_count()
     shape = shape or ("llama-8b" if gpus else "tiny")
     parts = part or (list(Part) if gpus else [Part.LOGITS])
     ranks = gpus or 2
-    tp = tp or f"1,{ranks}"
-    report: dict[str, Any] = {}
-    if Part.LOGITS in parts:
-        report["logits"] = check_logits(shape, layers or min(4, LAYERS[shape]), ranks, one_shot)
-        for row in report["logits"]["rows"]:
-            print(row)
-    if Part.SPEED in parts:
-        counts, sizes = (list(map(int, text.split(","))) for text in (tp, batches))
-        config = SHAPES[shape](layers or LAYERS[shape])
-        report["speed"] = check_speed(config, counts, sizes, new_tokens, one_shot)
-        print_speed(report["speed"]["results"])
+    tp = f"1,{ranks}" if tp is None else tp
     command = (
         f"python scripts/check_multi_gpu.py {' '.join(f'--part {name}' for name in parts)} --shape {shape}"
     )
@@ -350,10 +383,22 @@ def main(
         command += f" --layers {layers}"
     if one_shot:
         command += " --one-shot"
+    if auto:
+        command += " --auto"
     if Part.SPEED in parts:
-        command += f" --tp {tp} --batches {batches} --new-tokens {new_tokens}"
-    about = about_this_run(command, "transformers")
-    write_report({**about, "gpus": gpus, "shape": shape, **report}, json_file)
+        command += f" --tp '{tp}' --batches {batches} --new-tokens {new_tokens}"
+    report = {**about_this_run(command, "transformers"), "gpus": gpus, "shape": shape}
+    if Part.LOGITS in parts:
+        report["logits"] = check_logits(shape, layers or min(LOGITS_LAYERS, LAYERS[shape]), ranks, one_shot)
+        write_report(report, json_file)
+        for row in report["logits"]["rows"]:
+            print(row)
+    if Part.SPEED in parts:
+        counts, sizes = ([int(word) for word in text.split(",") if word] for text in (tp, batches))
+        config = SHAPES[shape](layers or LAYERS[shape])
+        for report["speed"] in check_speed(config, counts, sizes, new_tokens, one_shot, auto):
+            write_report(report, json_file)
+        print_speed(report["speed"]["results"])
     failed = report.get("logits", {}).get("failed", [])
     print("\n".join(failed) or "all checks hold")
     raise SystemExit(bool(failed))

@@ -86,8 +86,10 @@ class Options(NamedTuple):
         """Without the folders of this machine, and without what has its default."""
         words = ["python scripts/evaluate_models.py --data DATA", f"--windows {self.windows}"]
         words += [f"--limit {self.limit}"] * (self.limit is not None)
-        words += [f"--samples {self.samples}"] * (self.samples != 128)
-        words += [f"--sequence-length {self.sequence_length}"] * (self.sequence_length != 1024)
+        words += [f"--samples {self.samples}"] * (self.samples != Calibration.samples)
+        words += [f"--sequence-length {self.sequence_length}"] * (
+            self.sequence_length != Calibration.sequence_length
+        )
         return " ".join(words)
 
 
@@ -199,8 +201,10 @@ def main(
         int | None, typer.Option(help=f"Windows of {CONTEXT} tokens; default: 100 on a GPU, else 20.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = Calibration.samples,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens of a calibration sample.")
+    ] = Calibration.sequence_length,
     speed: Annotated[bool, typer.Option(help="Time them, too.")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Models side by side, each in a process.")] = 1,
 ) -> None:

@@ -4,38 +4,48 @@ from typing import Any
 
 from figures import block, read_results, source, table
 
-_MODES = {"graph_us": "CUDA graph", "eager_us": "eager"}
-_SIZE = 1024
+_MODES = ("graph_us", "eager_us")
+_KIB = 1024
+_PLACES = {"ranks": "tensor parallelism", "auto": 'device_map="auto"'}
 
 
-def _speed(row: dict[str, Any], variant: str, mode: str) -> str:
-    us = row[variant][mode]
-    return f"{us:.0f} µs, {row['naive'][mode] / us:.2f}x"
+def _times(row: dict[str, Any], variant: str) -> str:
+    """In a CUDA graph and eagerly, and how much faster than the naive way."""
+    us = " / ".join(f"{row[variant][mode]:.0f}" for mode in _MODES)
+    if variant == "naive":
+        return f"{us} µs"
+    gains = " / ".join(f"{row['naive'][mode] / row[variant][mode]:.2f}x" for mode in _MODES)
+    return f"{us} µs, {gains}"
 
 
 @block
 def tensor_parallel() -> str:
-    """TP-aware MLPs beside the naive way, by tokens."""
+    """TP-aware MLPs beside the naive way, by ranks and tokens."""
     result = read_results("tp")
     rows = [
-        [f"{row['mlp']}, {label}", row["m"], f"{row['naive'][mode]:.0f} µs"]
-        + [_speed(row, variant, mode) for variant in ("aware", "one-shot")]
-        for row in result["mlps"]
-        if row["tp"] == result["gpus"]
-        for mode, label in _MODES.items()
+        [
+            row["mlp"],
+            row["tp"],
+            row["m"],
+            *(_times(row, variant) for variant in ("naive", "aware", "one-shot")),
+        ]
+        for row in sorted(result["mlps"], key=lambda row: (row["mlp"], row["tp"], row["m"]))
+        if row["tp"] > 1
     ]
     header = [
-        f"MLP on {result['gpus']} GPUs",
+        "MLP, CUDA graph / eager",
+        "GPUs",
         "tokens",
         "gather, permute, split, all-reduce",
         "TP-aware: one all-reduce, NCCL's",
         "the same, ours",
     ]
     paper = ", ".join(f"{name} {ratio}x" for name, ratio in result["paper_up_to"].items())
-    check = result["one_shot_check"][str(result["gpus"])]
+    checks = [check for check in result["one_shot_check"].values() if check]
+    calls, wrong = (sum(check[key] for check in checks) for key in ("calls", "wrong"))
     notes = (
-        f"The paper reports up to {paper} on up to eight GPUs. Of {check['calls']} of our all-reduces "
-        f"{check['wrong']} differ by a bit from sums in the order of ranks. {source(result)}"
+        f"The paper reports up to {paper} on up to eight GPUs. Of {calls} of our all-reduces {wrong} differ "
+        f"by a bit from sums in the order of ranks. {source(result)}"
     )
     return f"{table(header, rows)}\n\n{notes}"
 
@@ -64,73 +74,81 @@ def collectives() -> str:
     result = read_results("tp")
     names = [name for name, value in result["collectives"][0].items() if isinstance(value, dict)]
     rows = [
-        [f"{row['bytes'] // _SIZE} KiB"]
+        [f"{row['bytes'] // _KIB} KiB", row["tp"]]
         + [
             f"{row[name]['graph_us']:.1f} / {row[name]['eager_us']:.0f} µs" if name in row else ""
             for name in names
         ]
         for row in result["collectives"]
     ]
-    header = [f"{result['gpus']} GPUs, CUDA graph / eager", *names]
-    return f"{table(header, rows)}\n\n{source(result)}"
+    return f"{table(['CUDA graph / eager', 'GPUs', *names], rows)}\n\n{source(result)}"
 
 
 @block
 def multi_gpu() -> str:
     """Logits of several GPUs beside those of one."""
-    result = read_results("multi_gpu_logits")
-    rows = {(row["attention"], row["place"], row["form"]): row for row in result["logits"]["rows"]}
-    places = {"ranks": "tensor parallelism", "auto": 'device_map="auto"'}
-    cells = []
-    for attention, place in dict.fromkeys(key[:2] for key in rows):
-        bf16, int4 = (rows[attention, place, form] for form in ("bf16", "int4"))
-        cells.append(
-            [
-                f"{places[place]}, {attention} attention",
-                f"{bf16['relative_difference']:.1e}",
-                f"{int4['relative_difference']:.1e}",
-                f"{int4['same_tokens']} of {int4['tokens']}",
-                f"{int4['clear_tokens_that_differ']} of {int4['clear_tokens']}",
-            ]
-        )
+    results = [read_results(name) for name in ("multi_gpu_logits", "multi_gpu_logits_4")]
+    cells = [
+        [
+            f"{_PLACES[int4['place']]}, {int4['attention']} attention",
+            result["gpus"],
+            f"{bf16['relative_difference']:.1e}",
+            f"{int4['relative_difference']:.1e}",
+            f"{int4['same_tokens']} of {int4['tokens']}",
+            f"{int4['clear_tokens_that_differ']} of {int4['clear_tokens']}",
+        ]
+        for result in results
+        for bf16, int4 in _pairs(result["logits"]["rows"])
+    ]
     header = [
-        f"logits on {result['gpus']} GPUs from those on one, relative L2",
+        "logits from those of one GPU, relative L2",
+        "GPUs",
         "bf16 weights",
         "int4 weights",
         "same greedy token, int4",
         "clear tokens that differ",
     ]
-    return f"{table(header, cells)}\n\n{source(result)}"
+    return "\n\n".join([table(header, cells), *map(source, results)])
+
+
+def _pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """bf16's row and int4's of each attention and place."""
+    by_key = {(row["attention"], row["place"], row["form"]): row for row in rows}
+    return [(by_key[*key, "bf16"], by_key[*key, "int4"]) for key in dict.fromkeys(key[:2] for key in by_key)]
 
 
 @block
 def multi_gpu_speed() -> str:
-    """Decoding of a whole model on one GPU and on several."""
-    result = read_results("multi_gpu_70b")
+    """Decoding of whole models on one GPU and on several."""
+    results = [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
     rows = [
         [
-            f"{place.replace('tp', 'tensor parallel,')} GPUs, {case}"
-            if place != "tp 1"
-            else f"one GPU, {case}",
-            f"{run['memory_gib']:.1f} GiB",
+            result["shape"],
+            place.removeprefix("tp "),
+            case.removesuffix(" batch 1"),
+            f"{row['peak_memory_gib']:.1f} GiB",
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup_over_tp_1']:.2f}x",
             f"{row['replay_ms']:.2f} ms",
             f"{row['collectives_share']:.1%}",
         ]
+        for result in results
         for place, run in result["speed"]["results"].items()
         for case, row in run.items()
         if isinstance(row, dict)
     ]
     header = [
-        f"{result['shape']}, int4; attention",
-        "weights per GPU",
+        "int4 model, batch 1",
+        "GPUs",
+        "attention",
+        "memory per GPU",
         "tokens/s",
         "over one GPU",
         "CUDA graph of a step",
         "share of all-reduces",
     ]
-    return f"{table(header, rows)}\n\n{source(result)}"
+    notes = [" ".join([result.get("note", ""), source(result)]).strip() for result in results]
+    return "\n\n".join([table(header, rows), *notes])
 
 
 @block

@@ -129,3 +129,36 @@ def attention(axes: Any, result: dict[str, Any]) -> None:
     )
     axes.set_ylabel("TFLOP/s, heads of 128")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+@plot("tp")
+def tensor_parallel(axes: Any, result: dict[str, Any]) -> None:
+    """The speed-up of TP-aware MLPs over the naive way in CUDA graphs; the model of more ranks is hollow."""
+    mlps = {"llama-70b": "C3", "granite-20b": "C0"}
+    tokens = {1: "o", 16: "s"}
+    measured = {(row["mlp"], row["m"], row["tp"]): row for row in result["mlps"] if row["tp"] > 1}
+    modelled = {(row["mlp"], row["m"], row["tp"]): row["speedup"] for row in result["model"]["rows"]}
+    ranks = sorted({tp for *_, tp in modelled})
+    for mlp, color in mlps.items():
+        for m, marker in tokens.items():
+            for variant, label, line in (("aware", "NCCL", ":"), ("one-shot", "one-shot", "-")):
+                points = [
+                    (
+                        tp,
+                        measured[mlp, m, tp]["naive"]["graph_us"] / measured[mlp, m, tp][variant]["graph_us"],
+                    )
+                    for tp in ranks
+                    if (mlp, m, tp) in measured
+                ]
+                name = f"{mlp}, {m} token{'s' * (m > 1)}, {label} all-reduce"
+                axes.plot(*zip(*points, strict=True), line, marker=marker, color=color, label=name)
+            beyond = [(tp, modelled[mlp, m, tp]) for tp in ranks if (mlp, m, tp) not in measured]
+            axes.plot(*zip(*beyond, strict=True), marker, color=color, fillstyle="none")
+    for mlp, ratio in result["paper_up_to"].items():
+        axes.axhline(ratio, color=mlps[mlp], linewidth=0.8, linestyle="--")
+        axes.annotate(f"the paper, {mlp}: up to {ratio}x", (ranks[-1], ratio), ha="right", fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(n) for n in ranks])
+    axes.set_xlabel("GPUs (hollow: a model with NCCL's all-reduce, not a measurement)")
+    axes.set_ylabel("speed-up over the naive way")
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
