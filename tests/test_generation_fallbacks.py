@@ -15,6 +15,7 @@ from varied_models import LENGTH, plain, varied_model
 
 from hf_hadacore.decoding import generation
 from hf_hadacore.decoding.generation import disable_cuda_graphs, enable_cuda_graphs
+from hf_hadacore.modules.stream_rotation import StreamRotation, rotate_stream
 
 pytestmark = pytest.mark.transformers_versions
 
@@ -94,6 +95,9 @@ def test_the_models_state_can_speak_against_it(recorder, warnings):
     model.forward = torch.compile(forward, backend="eager")
     assert "forward was replaced" in reason(model)
     del model.forward
+    assert reason(model) == ""
+    # The rotation of a residual stream consists of kernels alone.
+    rotate_stream(model, StreamRotation("model.embed_tokens", "model.norm"))
     assert reason(model) == ""
     # transformers' own hooks do nothing unless asked to.
     model(token_ids(), output_hidden_states=True)

@@ -350,8 +350,12 @@ def _name_of(module: Any, model: Any) -> str:
 
 
 def _is_foreign(hook: Callable[..., Any]) -> bool:
-    """Whether a forward hook may do more than launch kernels (transformers' record outputs when asked to)."""
-    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+    """Whether a forward hook may do more than launch kernels.
+
+    transformers' record outputs when asked to; this package's rotate a residual stream.
+    """
+    package = (getattr(hook, "__module__", None) or "").partition(".")[0]
+    return package not in ("transformers", __name__.partition(".")[0])
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
