@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
@@ -31,6 +32,9 @@ class RealModel(NamedTuple):
     sha256: str
     install: str
 
+
+# Of ordinary words, several characters a token.
+SENTENCE = "Two ships sailed from the harbour before the storm began."
 
 MODELS = {
     "smollm2-135m": RealModel(
@@ -99,8 +103,18 @@ def export_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat
         complete = Path(temporary) / "checkpoint"
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
+        _check_tokenizer(complete, source)
         shutil.move(complete, folder)
     return folder
+
+
+def _check_tokenizer(folder: Path, source: RealModel) -> None:
+    """transformers 5.17 makes a tokenizer of Gemma's file that knows single characters alone."""
+    if len(AutoTokenizer.from_pretrained(folder).tokenize(SENTENCE)) > len(SENTENCE) / 2:
+        raise SystemExit(
+            f"{source.title}: transformers {transformers.__version__} misreads its tokenizer; export it with "
+            "a newer one (5.23 reads it) and take the folder along"
+        )
 
 
 def _check_gguf_is_installed() -> None:

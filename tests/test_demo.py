@@ -11,6 +11,8 @@ import torch
 from demo import Measured, evaluation_text, measure_decoding, summary
 from real_models import MODELS, RealModel, export_checkpoint
 from tiny_models import make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_hadacore.evaluation.perplexity import Perplexity
 
@@ -81,3 +83,16 @@ def test_a_missing_gguf_reader_is_named(tmp_path, monkeypatch) -> None:
 def test_what_was_exported_before_is_kept(package, tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert export_checkpoint("fake", tmp_path) == tmp_path
+
+
+def test_a_tokenizer_of_single_characters_is_refused(package, tmp_path, monkeypatch) -> None:
+    """What transformers 5.17 reads in Gemma's file."""
+    vocabulary = {character: i for i, character in enumerate(sorted(set(real_models.SENTENCE)))}
+    characters = Tokenizer(models.BPE(vocabulary, []))
+    words = Tokenizer(models.WordLevel({"Two": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    for name, tokenizer in (("characters", characters), ("words", words)):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / name)
+    real_models._check_tokenizer(tmp_path / "words", package)
+    with pytest.raises(SystemExit, match=r"Fake: transformers .* misreads its tokenizer"):
+        real_models._check_tokenizer(tmp_path / "characters", package)
