@@ -9,7 +9,7 @@ racecheck does not follow how Triton hands work to the partitions of a warp-spec
 shared memory, between barriers) and reports it as a race. The control is a kernel with partitions that share
 nothing but values they were given: what is reported for it too, is Triton's. In attention of few queries it
 also reports threads that each hold a copy of one sum and store it to one place. With `--only`, the results of
-other scripts that the JSON file has are kept.
+other scripts that the JSON file has are kept; each says where and when it was made.
 """
 
 import json
@@ -129,10 +129,10 @@ def main(
             for name, (script, options) in jobs.items()
         }
         results = {f"{name} {one}": future.result() for (name, one), future in running.items()}
-    report: dict[str, Any] = {
-        **about_this_run("python scripts/sanitize_gpu.py"),
-        "results": results,
-    }
+    about = about_this_run("python scripts/sanitize_gpu.py")
+    for result in results.values():
+        result |= {key: about[key] for key in ("device", "date")}
+    report: dict[str, Any] = {**about, "results": results}
     if json_file is not None:
         if only and json_file.is_file():
             report["results"] = json.loads(json_file.read_text())["results"] | results
