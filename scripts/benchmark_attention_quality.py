@@ -25,7 +25,7 @@ from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_differe
 
 NAME = "attention-benchmark"
 CONTEXT = 1024
-WINDOWS = 20
+WINDOWS = {"cuda": 100, "cpu": 20}
 
 
 class Variant(NamedTuple):
@@ -66,7 +66,7 @@ def use(variant: Variant) -> None:
     ) -> tuple[torch.Tensor, None]:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         if variant.options is None:
-            n = torch.arange(query.shape[2])
+            n = torch.arange(query.shape[2], device=query.device)
             seen = n <= n[:, None]
             if sliding_window is not None:
                 seen = seen & (n > n[:, None] - sliding_window)
@@ -90,11 +90,13 @@ def use(variant: Variant) -> None:
     AttentionMaskInterface.register(NAME, interval_mask)
 
 
-def measure(name: str, text: str, windows: int, work: Path) -> dict[str, Any]:
+def measure(name: str, text: str, device: str, windows: int, work: Path) -> dict[str, Any]:
     """Every variant on one model."""
     folder = export_checkpoint(name, work / name)
     use(BASELINE)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map={"": device}, attn_implementation=NAME
+    )
     ids, bos = encode(AutoTokenizer.from_pretrained(folder), text)
 
     def run(variant: Variant) -> Perplexity:
@@ -118,7 +120,7 @@ def measure(name: str, text: str, windows: int, work: Path) -> dict[str, Any]:
     return {
         "title": MODELS[name].title,
         "origin": "dequantized GGUF",
-        "head_dim": config.head_dim,
+        "head_dim": getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
         "heads": [config.num_attention_heads, config.num_key_value_heads],
         "tokens": results[BASELINE.name].token_nll.numel(),
         "baseline_perplexity": round(results[BASELINE.name].perplexity, 4),
@@ -129,7 +131,10 @@ def measure(name: str, text: str, windows: int, work: Path) -> dict[str, Any]:
 def main(
     text: Annotated[Path, typer.Option(help="Evaluation text, UTF-8.")],
     model: Annotated[list[str] | None, typer.Option(help=f"Of {list(MODELS)}; repeatable.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of 1024 tokens.")] = WINDOWS,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
     work: Annotated[Path, typer.Option(help="Where checkpoints are exported to.")] = Path("demo_output"),
     threads: Annotated[int | None, typer.Option(help="Of PyTorch.")] = None,
     json_file: Annotated[
@@ -139,11 +144,13 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     content = text.read_text(encoding="utf-8")
-    command = f"python scripts/benchmark_attention_quality.py --text {text.name}"
-    report = about_quality(command, "cpu", text.name, CONTEXT)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    windows = windows or WINDOWS[torch.device(device).type]
+    command = f"python scripts/benchmark_attention_quality.py --text {text.name} --windows {windows}"
+    report = about_quality(command, device, text.name, CONTEXT)
     for name in model or list(MODELS):
         start = time.perf_counter()
-        measured = measure(name, content, windows, work)
+        measured = measure(name, content, device, windows, work)
         report["models"][name] = measured | {"seconds": round(time.perf_counter() - start)}
         if json_file is not None:
             merge_report(report, json_file)

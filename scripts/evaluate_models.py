@@ -10,6 +10,11 @@ made again. The models are dequantized GGUF files: what is measured is a second 
 
 With `--jobs` models are quantized and evaluated side by side, but timed one after the other, with nothing
 else at work. Two runs of the script at a time disturb each other's speeds.
+
+    python scripts/evaluate_models.py --data DATA --out OUT --samples 4 --sequence-length 64 \\
+        --device cpu --speed-only scripts/results/speed_cpu.json
+
+times another device and evaluates nothing; how fast a checkpoint runs does not depend on its calibration.
 """
 
 import json
@@ -23,11 +28,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from gpu_report import about_this_run, write_report
 from real_models import MODELS, export_checkpoint
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.evaluation.evaluate import Loaded, Protocol, evaluate_models, timed
-from hf_hadacore.evaluation.report import speed_entry
+from hf_hadacore.evaluation.report import device_name, speed_entry
 from hf_hadacore.evaluation.speed import Speed
 from hf_hadacore.offline.calibration import Calibration
 from hf_hadacore.offline.checkpoint import quantize_checkpoint
@@ -85,6 +91,7 @@ class Options(NamedTuple):
     def command(self) -> str:
         """Without the folders of this machine, and without what has its default."""
         words = ["python scripts/evaluate_models.py --data DATA", f"--windows {self.windows}"]
+        words += [f"--only '{self.only}'"] * bool(self.only)
         words += [f"--limit {self.limit}"] * (self.limit is not None)
         words += [f"--samples {self.samples}"] * (self.samples != Calibration.samples)
         words += [f"--sequence-length {self.sequence_length}"] * (
@@ -150,6 +157,20 @@ def time_variants(name: str, variants: Sequence[Variant], options: Options) -> d
     return {variant: timed(load(variant, name, options)) for variant in (Variant(name, None), *variants)}
 
 
+def describe_speeds(speeds: Mapping[str, Mapping[Variant, Timed]], options: Options) -> dict[str, Any]:
+    """A report of speeds alone, by evaluations' files."""
+    command = options.command.replace(f" --windows {options.windows}", "")
+    command += f" --out OUT --device {options.device} --speed-only JSON"
+    report = about_this_run(command, "transformers")
+    entries = {
+        variant.file: speed_entry(of_model[variant], of_model[Variant(name, None)])
+        for name, of_model in speeds.items()
+        for variant in of_model
+        if variant != Variant(name, None)
+    }
+    return {**report, "device": device_name(torch.device(options.device)), "speeds": entries}
+
+
 def evaluate(
     name: str, variants: Sequence[Variant], speeds: Mapping[Variant, Timed], options: Options
 ) -> None:
@@ -206,6 +227,9 @@ def main(
         int, typer.Option(help="Tokens of a calibration sample.")
     ] = Calibration.sequence_length,
     speed: Annotated[bool, typer.Option(help="Time them, too.")] = True,
+    speed_only: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Where to write speeds; nothing is evaluated.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Models side by side, each in a process.")] = 1,
 ) -> None:
     """Evaluate the real models."""
@@ -221,6 +245,9 @@ def main(
             for name, variants in missing.items():
                 speeds[name] = pool.submit(time_variants, name, variants, options).result()
             print("all are timed: other work disturbs no more", flush=True)
+        if speed_only is not None:
+            write_report(describe_speeds(speeds, options), speed_only)
+            return
         evaluations = [
             pool.submit(evaluate, name, variants, speeds[name], options) for name, variants in missing.items()
         ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import figures
 from figure_plots import plot
-from figures import FiguresError, block, source, table
+from figures import FiguresError, block, read_results, source, table
 from real_models import MODELS
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -44,13 +44,14 @@ def read_evaluations() -> dict[str, list[dict[str, Any]]]:
 
 @block
 def real_models() -> str:
+    gpu, cpu = read_results("speed_gpu"), read_results("speed_cpu")
     header = ["attention", "size", "perplexity", "nats over bf16", "KL", "same likeliest token"]
-    header += ["multiple choice", "tok/s"]
+    header += ["multiple choice", "tok/s, GPU", "tok/s, CPU"]
     parts: list[str] = []
     runs: dict[str, None] = {}
     for name, evaluations in read_evaluations().items():
-        rows = [_baseline_row(evaluations[0])]
-        rows += [_row(evaluation) for evaluation in evaluations]
+        rows = [_baseline_row(evaluations[0], gpu["speeds"], cpu["speeds"])]
+        rows += [_row(evaluation, gpu["speeds"], cpu["speeds"]) for evaluation in evaluations]
         parts.append(table([MODELS[name].title, *header], rows))
         for one in evaluations:
             text = one["perplexity"]
@@ -58,20 +59,23 @@ def real_models() -> str:
     note = (
         "The models are dequantized GGUF files: this is a second quantization. Differences ± standard errors "
         "are paired. Multiple choice: accuracy of bf16, and its mean change over the tasks in points. tok/s: "
-        "greedy `generate`, one sequence, as it runs without further options."
+        "greedy `generate`, one sequence, as it runs without further options; on the CPU of "
+        "checkpoints of the same recipe."
     )
-    return "\n\n".join([*parts, note, *runs])
+    return "\n\n".join(
+        [*parts, note, *runs, f"Gemma's tok/s, GPU: {source(gpu)}", f"tok/s, CPU: {source(cpu)}"]
+    )
 
 
-def _baseline_row(evaluation: dict[str, Any]) -> list[object]:
+def _baseline_row(evaluation: dict[str, Any], *speeds: dict[str, Any]) -> list[object]:
     model, text = evaluation["baseline"], evaluation["perplexity"]["baseline"]
     tasks = [task["metrics"]["acc"]["baseline"]["value"] for task in evaluation["tasks"].values()]
     accuracy = f"{100 * sum(tasks) / len(tasks):.1f} %"
     quality = [f"{text['value']:.2f}", "", "", "", accuracy]
-    return [*_names(model), _size(model), *quality, _rate(evaluation, "baseline")]
+    return [*_names(model), _size(model), *quality, *_rates(evaluation, "baseline", *speeds)]
 
 
-def _row(evaluation: dict[str, Any]) -> list[object]:
+def _row(evaluation: dict[str, Any], *speeds: dict[str, Any]) -> list[object]:
     model, text = evaluation["model"], evaluation["perplexity"]
     return [
         *_names(model),
@@ -81,7 +85,7 @@ def _row(evaluation: dict[str, Any]) -> list[object]:
         f"{text['kl']['value']:.3f}",
         f"{100 * text['top1_agreement']['value']:.1f} %",
         _with_error(_mean_change(evaluation), "+.1f", 100),
-        _rate(evaluation, "model"),
+        *_rates(evaluation, "model", *speeds),
     ]
 
 
@@ -119,9 +123,24 @@ def _size(model: dict[str, Any]) -> str:
     return f"{model['bytes'] / 1e6:.0f} MB"
 
 
-def _rate(evaluation: dict[str, Any], which: str) -> str:
-    speed = evaluation.get("speed")
-    return f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else ""
+def _rates(evaluation: dict[str, Any], which: str, *others: dict[str, Any]) -> list[str]:
+    """Tokens/s on the GPU, with the evaluation or apart from it, and on the CPU."""
+    gpu, cpu = (_find_speed(speeds, evaluation, which) for speeds in others)
+    return [
+        f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else ""
+        for speed in (evaluation.get("speed") or gpu, cpu)
+    ]
+
+
+def _find_speed(speeds: dict[str, Any], evaluation: dict[str, Any], which: str) -> dict[str, Any] | None:
+    """That of an evaluation; all of a model's have the same baseline."""
+    name = evaluation[which]["name"]
+    if which == "baseline":
+        return next(
+            (speed for key, speed in speeds.items() if key.startswith((f"{name}/", f"{name}-"))), None
+        )
+    mode = _mode(evaluation["model"])
+    return speeds.get(f"{name}/evaluation{f'-{mode}' if mode else ''}.json")
 
 
 @plot("quality")

@@ -152,6 +152,32 @@ def multi_gpu_speed() -> str:
 
 
 @block
+def multi_gpu_summary() -> str:
+    """How decoding grows with the GPUs, in tokens/s."""
+    results = [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
+    rows = [
+        [
+            f"{result['shape']}, {place.removeprefix('tp ')} GPU{'s' * (place != 'tp 1')}",
+            *(
+                f"{row['tokens_per_second']:.0f} tok/s, {row['speedup_over_tp_1']:.2f}x" if row else ""
+                for row in (run.get(f"{kind}bf16 batch 1") for kind in ("", "one-shot "))
+            ),
+            f"{run['bf16 batch 1']['peak_memory_gib']:.1f} GiB",
+        ]
+        for result in results
+        for place, run in result["speed"]["results"].items()
+        if place.startswith("tp ")
+    ]
+    header = [
+        "int4, batch 1, random weights",
+        "NCCL's all-reduce",
+        "`use_one_shot_all_reduce`",
+        "memory per GPU",
+    ]
+    return f"{table(header, rows)}\n\n{source(results[0])}"
+
+
+@block
 def gptq_time() -> str:
     """Time and memory of GPTQ for an 8B model."""
     result = read_results("gptq")

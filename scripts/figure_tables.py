@@ -44,6 +44,11 @@ def quality() -> str:
 
 
 @block
+def quality_all_recipes() -> str:
+    return _quality("quality_calibration_128x1024")
+
+
+@block
 def quality_gemma() -> str:
     return _quality("quality_gemma")
 
@@ -51,23 +56,25 @@ def quality_gemma() -> str:
 @block
 def quality_peers() -> str:
     """Other quantizers with the same calibration tokens."""
-    result = read_results("quality_peers")
+    results = [read_results(name) for name in ("quality_peers", "quality_peers_gpu")]
     parts = []
-    for model in result["models"].values():
-        rows = [
-            [
-                f"{row['quantizer']} {row['version']}: {row['method']}",
-                f"{row['perplexity']:.2f}",
-                _with_error(row["over_baseline"]),
-                _with_error(row["over_ours"]) if row.get("over_ours") else "",
-                f"{row['kl']['value']:.3f}",
+    for result in results:
+        for model in result["models"].values():
+            rows = [
+                [
+                    f"{row['quantizer']} {row['version']}: {row['method']}",
+                    f"{row['perplexity']:.2f}",
+                    _with_error(row["over_baseline"]),
+                    _with_error(row["over_ours"]) if row.get("over_ours") else "",
+                    f"{row['kl']['value']:.3f}",
+                ]
+                for row in model["recipes"]
+                if not row.get("failed")
             ]
-            for row in model["recipes"]
-            if not row.get("failed")
-        ]
-        header = [f"{model['title']}, group 64, asymmetric", "perplexity", "nats per token over bf16"]
-        parts.append(table([*header, "over ours, first line", "KL"], rows))
-    return "\n\n".join([*parts, f"Mean ± standard error of paired windows. {source(result)}"])
+            header = [f"{model['title']}, group 64, asymmetric", "perplexity", "nats per token over bf16"]
+            parts.append(table([*header, "over ours, first line", "KL"], rows))
+        parts.append(f"Mean ± standard error of paired windows. {source(result)}")
+    return "\n\n".join(parts)
 
 
 def _quality(name: str) -> str:
@@ -111,21 +118,27 @@ def _quality(name: str) -> str:
 
 @block
 def calibration_lengths() -> str:
-    """The same number of calibration tokens as fewer or more samples."""
-    results = [
-        read_results(f"quality{suffix}") for suffix in ("", "_calibration_256x512", "_calibration_512x256")
-    ]
-    recipes = ("GPTQ, act-order", "GPTQ, act-order, rotated")
-    losses = []
-    for result in results:
-        rows = result["models"]["smollm2-135m"]["recipes"]
-        losses.append({row["recipe"]: row["over_baseline"] for row in rows if row["group_size"] == 64})
-    cells: list[list[object]] = [
-        [name, *(_with_error(loss[f"asymmetric, group 64, {name}"]) for loss in losses)] for name in recipes
-    ]
-    lengths = ("128 samples of 1024", "256 of 512", "512 of 256")
-    header = ["SmolLM2-135M-Instruct, group 64: nats per token over bf16", *lengths]
-    return "\n\n".join([table(header, cells), *(source(result) for result in results[1:])])
+    """Calibration tokens as fewer or more samples."""
+    lengths = {
+        "128 samples of 1024": read_results("quality_calibration_128x1024"),
+        "256 of 512": read_results("quality_calibration_256x512"),
+        "512 of 256": read_results("quality_calibration_512x256"),
+        "480 of 512, nearly twice the tokens": read_results("quality"),
+    }
+    rows: list[list[object]] = []
+    for name, model in lengths["128 samples of 1024"]["models"].items():
+        for group_size in (64, 128):
+            for recipe in ("GPTQ, act-order", "GPTQ, act-order, rotated"):
+                wanted = f"asymmetric, group {group_size}, {recipe}"
+                cells = [_loss(result["models"].get(name), wanted) for result in lengths.values()]
+                rows.append([f"{model['title']}, group {group_size}, {recipe}", *cells])
+    parts = [table(["nats per token over bf16", *lengths], rows)]
+    return "\n\n".join([*parts, *(source(result) for result in lengths.values())])
+
+
+def _loss(model: dict[str, Any] | None, recipe: str) -> str:
+    rows = model["recipes"] if model else []
+    return next((_with_error(row["over_baseline"]) for row in rows if row["recipe"] == recipe), "")
 
 
 @block

@@ -9,12 +9,20 @@ import figures
 import pytest
 from figures import FiguresError
 
+CPU_SPEED = {"model": 7.4, "baseline": 5.6}
+
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for cards, where there are no other evaluations."""
     monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(figure_models, "CARDS", tmp_path / "model_cards")
+    speed = {part: {"batches": [{"tokens_per_second": value}]} for part, value in CPU_SPEED.items()}
+    about = {"command": "python y.py", "date": "2026-01-02", "device": "a CPU", "versions": {"torch": "2"}}
+    figures.RESULTS.mkdir()
+    for name in ("cpu", "gpu"):
+        report = about | {"speeds": {"smollm2-135m/evaluation-fp8.json": speed}}
+        (figures.RESULTS / f"speed_{name}.json").write_text(json.dumps(report))
     return tmp_path / "model_cards"
 
 
@@ -34,7 +42,8 @@ def write(folder: Path, attention: str = "sdpa", recipe: dict[str, Any] | None =
     report = {
         **{"command": "python x.py", "date": "2026-01-02", "device": "a GPU", "versions": {"torch": "2"}},
         "model": model | {"quantization_config": recipe},
-        "baseline": model | {"attention": "sdpa", "bytes": 200_000_000, "quantization_config": None},
+        "baseline": model
+        | {"attention": "sdpa", "bytes": 200_000_000, "name": "smollm2-135m", "quantization_config": None},
         "perplexity": {
             **{"text": "prose.txt", "tokens": 1023, "value": 20.123, "baseline": {"value": 18.5}},
             **{"over_baseline": estimate(0.0841, 0.0012), "kl": estimate(0.0456)},
@@ -62,15 +71,19 @@ def test_real_models(cards: Path) -> None:
     first, second, *notes = figure_models.real_models().split("\n\n")
     quality = "20.12 | +0.084 ± 0.001 | 0.046 | 87.6 % | +1.0 ± 0.2"
     assert first.splitlines()[2:] == [
-        "| bf16 | as it is | 200 MB | 18.50 |  |  |  | 40.0 % | 62 |",
-        f"| bf16 | fp8 | 90 MB | {quality} | 123 |",
-        f"| int4, group 128 | as it is | 90 MB | {quality} | 123 |",
-        f"| int4, group 128 | int8-fp8 | 90 MB | {quality} | 123 |",
-        f"| int4, group 64, GPTQ, act-order | as it is | 90 MB | {quality} |  |",
+        "| bf16 | as it is | 200 MB | 18.50 |  |  |  | 40.0 % | 62 | 6 |",
+        f"| bf16 | fp8 | 90 MB | {quality} | 123 | 7 |",
+        f"| int4, group 128 | as it is | 90 MB | {quality} | 123 |  |",
+        f"| int4, group 128 | int8-fp8 | 90 MB | {quality} | 123 |  |",
+        f"| int4, group 64, GPTQ, act-order | as it is | 90 MB | {quality} |  |  |",
     ]
     assert first.startswith("| SmolLM2-135M-Instruct | attention | size |")
     assert second.startswith("| Qwen2.5-Coder-0.5B-Instruct | attention |") and second.count("\n") == 3
-    assert notes[1:] == ["1,023 tokens of prose.txt; a GPU; torch 2; 2026-01-02: `python x.py`"]
+    assert notes[1:] == [
+        "1,023 tokens of prose.txt; a GPU; torch 2; 2026-01-02: `python x.py`",
+        "Gemma's tok/s, GPU: a CPU; torch 2; 2026-01-02: `python y.py`",
+        "tok/s, CPU: a CPU; torch 2; 2026-01-02: `python y.py`",
+    ]
 
 
 def test_what_is_missing_or_unknown_is_named(cards: Path) -> None:
