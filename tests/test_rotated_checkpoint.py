@@ -217,4 +217,4 @@ def test_the_command_line_has_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "int4" / "quantization_report.json").read_text())["rotation"] == "r1r2"
     result = run("quantize", src, tmp_path / "other", "--device", "cpu", "--rotate", "r3")
     assert result.exit_code == 1
-    assert "expected one of none, r1, r2, r1r2, found 'r3'" in result.output
+    assert "expected one of auto, none, r1, r2, r1r2, found 'r3'" in result.output

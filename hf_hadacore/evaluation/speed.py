@@ -13,6 +13,8 @@ from ..errors import EvaluationError
 _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64
 _REPEATS = 3
+# Calls that take milliseconds scatter, and are repeated until they have taken this long together.
+_LEAST_SECONDS, _MOST_REPEATS = 1.0, 25
 
 
 class BatchSpeed(NamedTuple):
@@ -63,7 +65,7 @@ def measure_speed(
         model: a causal language model; on a GPU with nothing else to do.
         batches: sizes; None takes 1 and 8, on a CPU 1.
         prompt_tokens, new_tokens: of a sequence; at least 1 and 2.
-        repeats: timings of each kind.
+        repeats: timings of each kind; of short calls more.
 
     Raises:
         EvaluationError: the model's own generation config stops sequences early.
@@ -123,7 +125,10 @@ def _time_batch(model: Any, batch: int, prompt_tokens: int, new_tokens: int, rep
             )
 
     def median(count: int) -> float:
-        return statistics.median(seconds(lambda: generate(count), model.device) for _ in range(repeats))
+        times: list[float] = []
+        while len(times) < repeats or (sum(times) < _LEAST_SECONDS and len(times) < _MOST_REPEATS):
+            times.append(seconds(lambda: generate(count), model.device))
+        return statistics.median(times)
 
     generate(new_tokens)
     first, whole = median(1), median(new_tokens)

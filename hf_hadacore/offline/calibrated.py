@@ -25,6 +25,7 @@ from .decoder import Activations, Decoder
 from .layer_record import LayerRecord
 from .layer_solver import LayerSolver
 from .streaming import SourceModel, Unit, take_loaded
+from .weight_rotation import ROTATIONS
 
 
 class CalibratedSource(SourceModel):
@@ -193,10 +194,13 @@ def open_source(
         calibration: text, tokens or None.
 
     Raises:
-        ConfigError: there is no calibration for a method that needs it, or some for one that does not.
+        ConfigError: there is no calibration for a method that needs it, or some for one that does not, or no
+            such rotation.
         CalibrationError: the calibration cannot be read or does not fit the model.
         UnsupportedError: the model cannot be calibrated or rotated so.
     """
+    if rotation not in (choices := ("auto", *ROTATIONS)):
+        raise ConfigError(f"rotation: expected one of {', '.join(choices)}, found {rotation!r}")
     if rotation == "auto" and config.method != "gptq":
         rotation = "none"
     if (config.method == "gptq") != (calibration is not None):
