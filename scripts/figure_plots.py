@@ -156,7 +156,9 @@ def tensor_parallel(axes: Any, result: dict[str, Any]) -> None:
             axes.plot(*zip(*beyond, strict=True), marker, color=color, fillstyle="none")
     for mlp, ratio in result["paper_up_to"].items():
         axes.axhline(ratio, color=mlps[mlp], linewidth=0.8, linestyle="--")
-        axes.annotate(f"the paper, {mlp}: up to {ratio}x", (ranks[-1], ratio), ha="right", fontsize=7)
+        side = "bottom" if ratio == max(result["paper_up_to"].values()) else "top"
+        label = f"the paper, {mlp}: up to {ratio}x"
+        axes.annotate(label, (ranks[-1], ratio), ha="right", va=side, fontsize=7)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
     axes.set_xlabel("GPUs (hollow: a model with NCCL's all-reduce, not a measurement)")

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_generate import fill_randomly
-from check_multi_gpu import SHAPES, compare, logits_file, tiny, write_hollow_checkpoint, wrong_rows
+from check_multi_gpu import (
+    SHAPES,
+    compare,
+    logits_file,
+    tiny,
+    with_speedups,
+    write_hollow_checkpoint,
+    wrong_rows,
+)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -41,6 +49,18 @@ def test_all_shapes_are_llamas():
     sizes = {name: shape(3).num_hidden_layers for name, shape in SHAPES.items()}
     assert sizes == dict.fromkeys(SHAPES, 3)
     assert SHAPES["llama-70b"](80).hidden_size == 8192
+
+
+def test_speeds_are_compared_with_the_first_places():
+    def place(speed: float, *names: str):
+        return {"memory_gib": 1.0} | {name: {"tokens_per_second": speed} for name in names}
+
+    case = "bf16 batch 1"
+    results = with_speedups(
+        {"tp 1": place(50, case), "tp 2": place(80, case, f"one-shot {case}"), "auto": place(5, case)}
+    )
+    found = [row["speedup_over_tp_1"] for run in results.values() for row in run.values() if row != 1.0]
+    assert found == [1.0, 1.6, 1.6, 0.1]
 
 
 @pytest.mark.transformers_versions
