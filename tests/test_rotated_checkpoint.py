@@ -10,6 +10,7 @@ from checkpoint_cases import rewrite, stored
 from test_cli import run
 from tiny_models import VOCAB_SIZE, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from varied_models import plain
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.errors import CheckpointError, ConfigError, UnsupportedError
@@ -218,3 +219,14 @@ def test_the_command_line_has_it(tmp_path: Path) -> None:
     result = run("quantize", src, tmp_path / "other", "--device", "cpu", "--rotate", "r3")
     assert result.exit_code == 1
     assert "expected one of auto, none, r1, r2, r1r2, found 'r3'" in result.output
+
+
+def test_a_rotated_stream_decodes_with_graphs(recorder, tmp_path: Path) -> None:
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", rotation="r1")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    assert model.config.quantization_config.stream_rotation is not None
+    options = dict(do_sample=False, max_new_tokens=10)
+    expected = plain(model, TOKENS[:2], **options)
+    assert torch.equal(model.generate(TOKENS[:2], **options), expected)
+    assert recorder.replays == 8
