@@ -99,6 +99,15 @@ def test_the_models_state_can_speak_against_it(recorder, warnings):
     # The rotation of a residual stream consists of kernels alone.
     rotate_stream(model, StreamRotation("model.embed_tokens", "model.norm"))
     assert reason(model) == ""
+
+    # Other hooks of this package, as calibration and evaluation register them, may do anything.
+    def see(*_):
+        pass
+
+    see.__module__ = generation.__name__
+    handle = model.lm_head.register_forward_pre_hook(see)
+    assert "lm_head has a forward hook" in reason(model)
+    handle.remove()
     # transformers' own hooks do nothing unless asked to.
     model(token_ids(), output_hidden_states=True)
     assert reason(model) == ""

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput, is_flash_attention_requested
 from ..attention.decode_cache import DecodeCache, decode_layers, layer_windows
 from ..attention.interface import find_intervals
 from ..attention.kv_cache import QuantizedDecodeCache, attention_mode, quantized_layers, quantized_windows
+from ..modules.stream_rotation import is_rotation
 from .graph import CudaCapture, Session, UnsupportedInput, run_step
 
 logger = logging.get_logger(__name__)
@@ -350,12 +351,8 @@ def _name_of(module: Any, model: Any) -> str:
 
 
 def _is_foreign(hook: Callable[..., Any]) -> bool:
-    """Whether a forward hook may do more than launch kernels.
-
-    transformers' record outputs when asked to; this package's rotate a residual stream.
-    """
-    package = (getattr(hook, "__module__", None) or "").partition(".")[0]
-    return package not in ("transformers", __name__.partition(".")[0])
+    """Whether a forward hook may do more than launch kernels (transformers' record outputs when asked to)."""
+    return not (is_rotation(hook) or (getattr(hook, "__module__", None) or "").startswith("transformers."))
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:

@@ -60,6 +60,11 @@ def rotate_stream(model: PreTrainedModel, rotation: StreamRotation) -> None:
     norm.register_forward_pre_hook(_Turn(norm.weight, transpose=True).before)
 
 
+def is_rotation(hook: Any) -> bool:
+    """Whether a forward hook is one of `rotate_stream`: it launches kernels and does nothing else."""
+    return isinstance(getattr(hook, "__self__", None), _Turn)
+
+
 def fold_stream_rotation(model: PreTrainedModel, rotation: StreamRotation) -> None:
     """Put the rotations of `rotate_stream` into embedding and head, which then have tensors of their own.
 
@@ -70,7 +75,7 @@ def fold_stream_rotation(model: PreTrainedModel, rotation: StreamRotation) -> No
     embedding, norm = _find(model, rotation.embedding), _find(model, rotation.norm)
     head: Any = model.get_output_embeddings()
     for hooks in (embedding._forward_hooks, norm._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Turn)]:
+        for key in [key for key, hook in hooks.items() if is_rotation(hook)]:
             del hooks[key]
     gains = norm.weight.float() + rotation.gain_offset
     with torch.no_grad():
