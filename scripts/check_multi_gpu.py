@@ -285,7 +285,7 @@ def measure_speed(folder: Path, batches: list[int], new_tokens: int, with_one_sh
     model = load(folder, "bf16", "ranks" if ranks > 1 else "one")
     with torch.no_grad():
         fill_randomly(model)
-    results: dict[str, Any] = {"memory_gib": round(torch.cuda.memory_allocated() / 2**30, 2)}
+    results: dict[str, Any] = {"memory_gib": most_memory_gib()}
     for reduce in ("", "one-shot ") if with_one_shot and ranks > 1 else ("",):
         if reduce and not use_one_shot_all_reduce(model):
             break
@@ -326,12 +326,14 @@ def check_speed(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         total = write_hollow_checkpoint(folder, config)
-        for ranks in counts:
-            options = (folder, sizes, new_tokens, with_one_shot)
-            results[f"tp {ranks}"] = run_ranks(measure_speed, ranks, *options)
-            yield {"checkpoint_bytes": total, "results": with_speedups(results)}
+        places: dict[str, tuple[Any, ...]] = {
+            f"tp {ranks}": (measure_speed, ranks, folder, sizes, new_tokens, with_one_shot)
+            for ranks in counts
+        }
         if auto:
-            results["auto"] = run_ranks(measure_auto, 1, folder, sizes, new_tokens)
+            places["auto"] = (measure_auto, 1, folder, sizes, new_tokens)
+        for place, job in places.items():
+            results[place] = run_ranks(*job)
             yield {"checkpoint_bytes": total, "results": with_speedups(results)}
 
 

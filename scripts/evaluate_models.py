@@ -90,9 +90,15 @@ class Options(NamedTuple):
     @property
     def command(self) -> str:
         """Without the folders of this machine, and without what has its default."""
-        words = ["python scripts/evaluate_models.py --data DATA", f"--windows {self.windows}"]
-        words += [f"--only '{self.only}'"] * bool(self.only)
+        words = [self.command_of_speeds, f"--windows {self.windows}"]
         words += [f"--limit {self.limit}"] * (self.limit is not None)
+        return " ".join(words)
+
+    @property
+    def command_of_speeds(self) -> str:
+        """`command` without what is asked."""
+        words = ["python scripts/evaluate_models.py --data DATA"]
+        words += [f"--only '{self.only}'"] * bool(self.only)
         words += [f"--samples {self.samples}"] * (self.samples != Calibration.samples)
         words += [f"--sequence-length {self.sequence_length}"] * (
             self.sequence_length != Calibration.sequence_length
@@ -159,8 +165,7 @@ def time_variants(name: str, variants: Sequence[Variant], options: Options) -> d
 
 def describe_speeds(speeds: Mapping[str, Mapping[Variant, Timed]], options: Options) -> dict[str, Any]:
     """A report of speeds alone, by evaluations' files."""
-    command = options.command.replace(f" --windows {options.windows}", "")
-    command += f" --out OUT --device {options.device} --speed-only JSON"
+    command = f"{options.command_of_speeds} --out OUT --device {options.device} --speed-only JSON"
     report = about_this_run(command, "transformers")
     entries = {
         variant.file: speed_entry(of_model[variant], of_model[Variant(name, None)])

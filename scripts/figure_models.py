@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+from evaluate_models import Variant
 from figure_plots import plot
 from figures import FiguresError, block, read_results, source, table
 from real_models import MODELS
@@ -67,15 +68,15 @@ def real_models() -> str:
     )
 
 
-def _baseline_row(evaluation: dict[str, Any], *speeds: dict[str, Any]) -> list[object]:
+def _baseline_row(evaluation: dict[str, Any], gpu: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
     model, text = evaluation["baseline"], evaluation["perplexity"]["baseline"]
     tasks = [task["metrics"]["acc"]["baseline"]["value"] for task in evaluation["tasks"].values()]
     accuracy = f"{100 * sum(tasks) / len(tasks):.1f} %"
     quality = [f"{text['value']:.2f}", "", "", "", accuracy]
-    return [*_names(model), _size(model), *quality, *_rates(evaluation, "baseline", *speeds)]
+    return [*_names(model), _size(model), *quality, *_rates(evaluation, "baseline", gpu, cpu)]
 
 
-def _row(evaluation: dict[str, Any], *speeds: dict[str, Any]) -> list[object]:
+def _row(evaluation: dict[str, Any], gpu: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
     model, text = evaluation["model"], evaluation["perplexity"]
     return [
         *_names(model),
@@ -85,7 +86,7 @@ def _row(evaluation: dict[str, Any], *speeds: dict[str, Any]) -> list[object]:
         f"{text['kl']['value']:.3f}",
         f"{100 * text['top1_agreement']['value']:.1f} %",
         _with_error(_mean_change(evaluation), "+.1f", 100),
-        *_rates(evaluation, "model", *speeds),
+        *_rates(evaluation, "model", gpu, cpu),
     ]
 
 
@@ -123,13 +124,13 @@ def _size(model: dict[str, Any]) -> str:
     return f"{model['bytes'] / 1e6:.0f} MB"
 
 
-def _rates(evaluation: dict[str, Any], which: str, *others: dict[str, Any]) -> list[str]:
+def _rates(evaluation: dict[str, Any], which: str, gpu: dict[str, Any], cpu: dict[str, Any]) -> list[str]:
     """Tokens/s on the GPU, with the evaluation or apart from it, and on the CPU."""
-    gpu, cpu = (_find_speed(speeds, evaluation, which) for speeds in others)
-    return [
-        f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else ""
-        for speed in (evaluation.get("speed") or gpu, cpu)
-    ]
+    found = (
+        evaluation.get("speed") or _find_speed(gpu, evaluation, which),
+        _find_speed(cpu, evaluation, which),
+    )
+    return [f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else "" for speed in found]
 
 
 def _find_speed(speeds: dict[str, Any], evaluation: dict[str, Any], which: str) -> dict[str, Any] | None:
@@ -139,8 +140,7 @@ def _find_speed(speeds: dict[str, Any], evaluation: dict[str, Any], which: str) 
         return next(
             (speed for key, speed in speeds.items() if key.startswith((f"{name}/", f"{name}-"))), None
         )
-    mode = _mode(evaluation["model"])
-    return speeds.get(f"{name}/evaluation{f'-{mode}' if mode else ''}.json")
+    return speeds.get(Variant(name, _mode(evaluation["model"])).file)
 
 
 @plot("quality")

@@ -120,7 +120,7 @@ def _pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, A
 @block
 def multi_gpu_speed() -> str:
     """Decoding of whole models on one GPU and on several."""
-    results = [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
+    results = _speed_results()
     rows = [
         [
             result["shape"],
@@ -148,14 +148,13 @@ def multi_gpu_speed() -> str:
         "CUDA graph of a step",
         "share of all-reduces",
     ]
-    notes = [" ".join([result.get("note", ""), source(result)]).strip() for result in results]
-    return "\n\n".join([table(header, rows), *notes])
+    return "\n\n".join([table(header, rows), *map(source, results)])
 
 
 @block
 def multi_gpu_summary() -> str:
     """How decoding grows with the GPUs, in tokens/s."""
-    results = [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
+    results = _speed_results()
     rows = [
         [
             f"{result['shape']}, {place.removeprefix('tp ')} GPU{'s' * (place != 'tp 1')}",
@@ -175,7 +174,11 @@ def multi_gpu_summary() -> str:
         "`use_one_shot_all_reduce`",
         "memory per GPU",
     ]
-    return f"{table(header, rows)}\n\n{source(results[0])}"
+    return "\n\n".join([table(header, rows), *map(source, results)])
+
+
+def _speed_results() -> list[dict[str, Any]]:
+    return [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
 
 
 @block

@@ -39,6 +39,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where, when, with what and how figures were measured."""
+    """Where, when, with what and how figures were measured, and what else is to be said of them."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['device']}; {versions}; {result['date']}: `{result['command']}`"
+    note = f" {result['note']}" if "note" in result else ""
+    return f"{result['device']}; {versions}; {result['date']}: `{result['command']}`{note}"
