@@ -75,6 +75,8 @@ class HadaCoreConfig(QuantizationConfigMixin):
             their own, which the checkpoint holds as `input_perm`; written for you.
         stream_rotation: `{"embedding": name, "norm": name, "gain_offset": number}`, the modules between which
             the residual stream is rotated at run time (see `modules.stream_rotation`); written for you.
+        key_means: `{regex: [key/value heads, head size]}` of the attention modules for which the checkpoint
+            holds the mean of their keys (see `modules.key_means`); written for you.
         cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
             `hf_hadacore.decoding.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.
@@ -100,6 +102,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         cuda_graphs: bool = True,
         input_permutations: list[str] | None = None,
         stream_rotation: dict[str, Any] | None = None,
+        key_means: dict[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -122,6 +125,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.cuda_graphs = cuda_graphs
         self.input_permutations = [] if input_permutations is None else input_permutations
         self.stream_rotation = stream_rotation
+        self.key_means = {} if key_means is None else key_means
         self.validate()
 
     def validate(self) -> None:
@@ -159,6 +163,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _check_names("modules_to_not_convert", self.modules_to_not_convert)
         self.input_permutations = _check_names("input_permutations", self.input_permutations)
         self._check_stream_rotation()
+        self._check_key_means()
         self._check_overrides()
 
     def _check_stream_rotation(self) -> None:
@@ -171,6 +176,18 @@ class HadaCoreConfig(QuantizationConfigMixin):
                 "stream_rotation must be a dict of embedding and norm, names of modules, and gain_offset, a "
                 f"float, got {value!r}"
             )
+
+    def _check_key_means(self) -> None:
+        if not isinstance(self.key_means, dict):
+            raise ConfigError(
+                f"key_means must be a dict {{regex: [key/value heads, head size]}}, got {self.key_means!r}"
+            )
+        for pattern, shape in self.key_means.items():
+            _check_pattern("key_means", pattern)
+            if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_positive, shape))):
+                raise ConfigError(
+                    f"key_means[{pattern!r}] must be [key/value heads, head size], got {shape!r}"
+                )
 
     def _check_overrides(self) -> None:
         if not isinstance(self.overrides, dict):
@@ -232,6 +249,20 @@ class HadaCoreConfig(QuantizationConfigMixin):
             input_perm=any(self.matches(pattern, module_name) for pattern in self.input_permutations),
         )
 
+    def key_mean_shape(self, module_name: str) -> tuple[int, int] | None:
+        """Key/value heads and head size of an attention module whose keys' mean is stored.
+
+        Args:
+            module_name: the module's full name in the model.
+
+        Returns:
+            None for any other module.
+        """
+        for pattern, (heads, head_dim) in self.key_means.items():
+            if self.matches(pattern, module_name):
+                return heads, head_dim
+        return None
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a user may change when loading a quantized checkpoint.
 
@@ -253,6 +284,10 @@ def _unknown_option(name: object, valid: tuple[str, ...] = _OPTIONS) -> str:
 def _check_int(option: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{option} must be an integer, got {value!r}")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_bool(option: str, value: object) -> None:

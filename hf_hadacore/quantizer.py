@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat, int4, integrity
+from .attention.key_means import add_key_means, key_mean_parameters, remove_key_means
 from .attention.operands import ATTENTION_NAMES
 from .config import HadaCoreConfig
 from .decoding.compile_ahead import compile_ahead
@@ -113,9 +114,10 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             )
         self._check_options_for_ranks(model)
         swap_modules(model, plan)
+        add_key_means(model, config.key_mean_shape)
         complete_plan(model, on_the_fly=not self.pre_quantized)
         self._check_files(model, checkpoint_files)
-        for name, parameter in _int4_parameters(model):
+        for name, parameter in _own_parameters(model):
             # Not to be drawn at random before loading: `normal_` has no int32 version.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             if not self.pre_quantized and self._is_packed(model, name):
@@ -146,7 +148,7 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             # Scales may be stored in another floating-point dtype than the one asked for.
             expected = {
                 sources.get(name, name): (None if p.is_floating_point() else p.dtype, tuple(p.shape))
-                for name, p in _int4_parameters(model)
+                for name, p in _own_parameters(model)
             }
             integrity.verify_quantized(headers, expected)
             integrity.verify_permutations(
@@ -233,7 +235,7 @@ class HadaCoreHfQuantizer(compat.Quantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.raise_recorded()
         keep_local(model)
-        for name, parameter in _int4_parameters(model):
+        for name, parameter in _own_parameters(model):
             # The loader lets every floating-point Parameter require a gradient.
             parameter.requires_grad_(False)
             if name.endswith("_scale") and not parameter.is_meta and not parameter.isfinite().all():
@@ -274,6 +276,7 @@ class HadaCoreHfQuantizer(compat.Quantizer):
         if self.quantization_config.stream_rotation is not None:
             fold_stream_rotation(model, StreamRotation(**self.quantization_config.stream_rotation))
         compat.restore_converters(model)
+        remove_key_means(model)
         unfuse(model)
         disable_cuda_graphs(model)
         return model
@@ -361,7 +364,7 @@ def _refuse_offline_options(config: HadaCoreConfig) -> None:
             f"method={config.method!r} needs calibration data: quantize offline (hadacore quantize --method "
             f'{config.method} SRC DST) and load DST, or use method="rtn"'
         )
-    for option in ("input_permutations", "stream_rotation"):
+    for option in ("input_permutations", "stream_rotation", "key_means"):
         if getattr(config, option):
             raise ConfigError(f"{option} describes a quantized checkpoint; this one is in full precision")
 
@@ -386,6 +389,11 @@ def _int4_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             if parameter is not None:
                 found.append((f"{module_name}.{name}" if module_name else name, parameter))
     return found
+
+
+def _own_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What this package has given a model: that of its int4 modules, and the means of keys."""
+    return [*_int4_parameters(model), *key_mean_parameters(model).items()]
 
 
 def _as_load_placeholder(model: nn.Module, name: str) -> None:

@@ -148,7 +148,7 @@ def make_checkpoint(src: Path, dst: Path, config: HadaCoreConfig, options: Optio
     found = (used.get("samples"), used.get("sequence_length"))
     recipe = HadaCoreConfig(**report["quantization_config"])
     # What follows from the model.
-    recipe.input_permutations, recipe.stream_rotation = [], None
+    recipe.input_permutations, recipe.stream_rotation, recipe.key_means = [], None, {}
     if recipe.to_dict() != config.to_dict() or found != asked:
         raise SystemExit(f"{dst}: was made with another recipe; delete it")
 

@@ -49,6 +49,7 @@ def test_saved_form_spells_every_value_out():
         "cuda_graphs": True,
         "input_permutations": [],
         "stream_rotation": None,
+        "key_means": {},
     }
 
 

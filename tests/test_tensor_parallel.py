@@ -10,7 +10,9 @@ import torch
 from graph_recorder import CountedCaptures
 from permuted_models import quantize_permuted
 from rank_processes import run_every_rank
+from safetensors.torch import load_file
 from tiny_models import token_ids
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 from transformers.distributed import DistributedConfig
@@ -114,6 +116,9 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
             stored += [layer] if module.input_perm is not None else []
     assert len(stored) == 10
     int4.config.quantization_config.input_permutations = [f"{layer}$" for layer in stored]
+    for layer in int4.model.layers:
+        layer.self_attn.k_mean = nn.Parameter(key_mean(), requires_grad=False)
+    int4.config.quantization_config.key_means = {r"\.self_attn$": list(key_mean().shape)}
     paths["llama-permuted"] = folder / "llama-permuted"
     int4.save_pretrained(paths["llama-permuted"])
     random_model(TIED).save_pretrained(folder / "tied")
@@ -121,6 +126,11 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     config = HadaCoreConfig(group_size=32)
     quantize_checkpoint(folder / "tied", paths["rotated"], config, rotation="r1r2", progress=False)
     return paths
+
+
+def key_mean() -> torch.Tensor:
+    """What the permuted checkpoint holds of every layer, ``[Hkv, D]``."""
+    return torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
 
 
 def on_a_rank(paths: dict[str, Path], name: str, ranks: int, out: Path) -> dict[str, Any]:
@@ -137,7 +147,9 @@ def on_a_rank(paths: dict[str, Path], name: str, ranks: int, out: Path) -> dict[
     if name == "qwen3":
         found["rotated"] = logits(load(paths["rotated"], ranks))
     if name == "llama":
-        found["permuted"] = logits(load(paths["llama-permuted"], ranks))
+        permuted = load(paths["llama-permuted"], ranks)
+        found["permuted"] = logits(permuted)
+        permuted.save_pretrained(out / "permuted")
         found |= with_8_bit_attention(paths["llama-permuted"], ranks)
         found["graphs"], found["captures"] = text_from_graphs(quantized)
         with pytest.raises(UnsupportedError, match="divided among ranks cannot be dequantized"):
@@ -156,6 +168,7 @@ def with_8_bit_attention(path: Path, ranks: int) -> dict[str, Any]:
         **found,
         "8-bit text": output.sequences,
         "cache": (type(cache).__name__, cache.layers[0].keys.shape),
+        "constant": cache.layers[0].constant[..., : key_mean().shape[1]],
     }
 
 
@@ -198,10 +211,14 @@ def test_ranks_compute_and_save_what_one_process_does(checkpoints, tmp_path, nam
         assert all(distance(rank["rotated"], rotated) < TOLERANCE for rank in found)
     if name != "llama":
         return
+    folders = (tmp_path / "permuted", checkpoints["llama-permuted"])
+    saved, original = (load_file(folder / "model.safetensors") for folder in folders)
+    assert saved.keys() == original.keys() and all(torch.equal(saved[key], original[key]) for key in saved)
     permuted = logits(load(checkpoints["llama-permuted"]))
     alone = with_8_bit_attention(checkpoints["llama-permuted"], 1)
-    for rank in found:
+    for rank, mean in zip(found, key_mean().chunk(ranks), strict=True):
         assert distance(rank["permuted"], permuted) < TOLERANCE
+        assert torch.equal(rank["constant"], mean.expand(2, -1, -1))
         # 8-bit rounding makes a step of a difference in the last bit, for a few values.
         assert distance(rank["8-bit"], alone["8-bit"]) < distance(alone["8-bit"], permuted) / 4
         assert torch.equal(rank["8-bit text"], alone["8-bit text"])

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ..errors import UnsupportedError
+from .key_means import stored_key_mean
 from .new_tokens import NewTokens
 from .operands import (
     ATTENTION_NAMES,
@@ -239,7 +240,7 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    stored = _stored(query, key, value, attention_mask, is_causal, mode)
+    stored = _stored(module, query, key, value, attention_mask, is_causal, mode)
     intervals, mask = Intervals(), attention_mask
     if mask is not None and mask.dtype == torch.int32:
         intervals, mask = _read_intervals(mask), None
@@ -269,6 +270,7 @@ def attention_forward(
 
 
 def _stored(
+    module: nn.Module,
     query: torch.Tensor,
     key: Any,
     value: Any,
@@ -277,8 +279,11 @@ def _stored(
     mode: str,
 ) -> QuantizedKeyValue:
     """What attention reads of the arguments of `attention_forward`."""
+    constant = stored_key_mean(module, key.shape)
+    is_first = not isinstance(key, NewTokens) or key.are_first
+    is_token = _is_token(attention_mask, key.shape[2]) if is_first and constant is None else None
     if isinstance(key, NewTokens):
-        return key.store(query, _is_token(attention_mask, key.shape[2]) if key.are_first else None)
+        return key.store(query, is_token, constant)
     if is_causal and key.shape[2] > query.shape[2]:
         logger.warning_once(
             f"HadaCore: {ATTENTION_NAMES[mode]!r} attention with a cache that is not 8-bit quantizes all "
@@ -286,7 +291,7 @@ def _stored(
         )
     size = padded_size(max(key.shape[-1], value.shape[-1]))
     key, value = pad_heads(key, size), pad_heads(value, size)
-    constant = mean_key(key, _is_token(attention_mask, key.shape[2]))
+    constant = mean_key(key, is_token) if constant is None else pad_heads(constant, size)
     return quantize_key_value(key, value, constant, MODES[mode])
 
 

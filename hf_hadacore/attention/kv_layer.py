@@ -1,10 +1,10 @@
 """A layer of the 8-bit key/value cache.
 
 Keys are rotated and quantized, values quantized, as they come in, and never read in another form. Before
-that a constant vector is subtracted from the keys of a sequence and head, their mean in the first prefill,
-which changes nothing in a softmax and keeps outlier channels out of the rotation. The mean is that of the
-tokens that are no padding. A cache is not told which those are, but attention is: so `update` hands new
-tokens on to attention, which has the layer store them: see `new_tokens`.
+that a constant vector is subtracted from the keys of a sequence and head, which changes nothing in a softmax
+and keeps outlier channels out of the rotation: the mean that a checkpoint holds (see `key_means`), or else
+that of the first prefill, of the tokens that are no padding. A cache knows neither, but attention does: so
+`update` hands new tokens on to attention, which has the layer store them: see `new_tokens`.
 """
 
 from typing import Any
@@ -181,13 +181,20 @@ class HadaCoreLayer(DecodeLayer):
         return tokens, tokens
 
     def store(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        is_token: torch.Tensor | None,
+        constant: torch.Tensor | None = None,
     ) -> QuantizedKeyValue:
         """Quantize and add tokens.
 
         Args:
             query, key, value: of one head size.
             is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
+            constant: fp32 ``[1, Hkv, D]``, to be subtracted from all keys if these are the first; None for
+                their mean.
 
         Returns:
             What attention reads.
@@ -196,7 +203,7 @@ class HadaCoreLayer(DecodeLayer):
         if self.length:
             stored = self._append(query, key, value)
         else:
-            stored = self._store_first(key, value, is_token)
+            stored = self._store_first(key, value, mean_key(key, is_token) if constant is None else constant)
         if self._offloads:
             # Attention still has them.
             self._move("cpu")
@@ -217,11 +224,11 @@ class HadaCoreLayer(DecodeLayer):
         return QuantizedKeyValue(*buffers, self.constant, query_start, quantized)
 
     def _store_first(
-        self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor | None
+        self, key: torch.Tensor, value: torch.Tensor, constant: torch.Tensor
     ) -> QuantizedKeyValue:
         """Attention reads the tokens as quantized here, also where the layer keeps only a window of them."""
         self.lazy_initialization(key, value)
-        self.constant.copy_(mean_key(key, is_token))
+        self.constant.copy_(constant)
         new = quantize_key_value(key, value, self.constant, self.key_dtype)
         tokens = key.shape[2]
         self.length, self.first = tokens, 0

@@ -38,17 +38,22 @@ class NewTokens:
         """Whether the layer is empty."""
         return self.layer.length == 0
 
-    def store(self, query: torch.Tensor, is_token: torch.Tensor | None) -> QuantizedKeyValue:
+    def store(
+        self, query: torch.Tensor, is_token: torch.Tensor | None, constant: torch.Tensor | None = None
+    ) -> QuantizedKeyValue:
         """Put the tokens into the layer.
 
         Args:
             query: ``[B, Hq, S, D]`` of the tokens, with heads like those of the keys.
             is_token: boolean ``[B or 1, S]``, False for padding; None if there is none.
+            constant: as of `HadaCoreLayer.store`, for keys of the size that `update` was given.
 
         Returns:
             All keys and values that attention reads.
         """
-        return self.layer.store(pad_heads(query, self._size), self.key, self.value, is_token)
+        if constant is not None:
+            constant = pad_heads(constant, self._size)
+        return self.layer.store(pad_heads(query, self._size), self.key, self.value, is_token, constant)
 
     # Whatever else attention would do with a tensor ends here.
     @classmethod

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import compat, int4
 from ..architecture import find_model_class, load_model_config, read_recipe
+from ..attention.key_means import is_key_mean
 from ..config import LayerSpec
 from ..errors import UnsupportedError
 from ..int4 import Int4Weight
@@ -113,7 +114,7 @@ class HadaCoreSource:
         self.units = [
             Unit(name, parts.get(name, {name: name}))
             for name in self.headers
-            if name in parts or name not in belonging
+            if name in parts or not (name in belonging or is_key_mean(name))
         ]
         self._columns = {name: self._natural_columns(name) for name in self._packed}
         self.outputs: dict[str, torch.Tensor] = {}

@@ -5,23 +5,25 @@ before it (already int4) have made of the calibration tokens, and written. A run
 hidden states again with the int4 weights that it finds on disk, so that nothing but results is ever stored.
 """
 
-import copy
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attention.key_means import is_key_mean
 from ..config import HadaCoreConfig
 from ..errors import CalibrationError, ConfigError
 from ..int4 import Int4Weight
 from ..layer_plan import plan_layers
 from ..modules.experts import expert_projections
+from ..name_patterns import name_patterns
 from ..parallel.permutation_search import permutation_groups
 from .calibrated_weight import DAMPING, natural_values
 from .calibration import Calibration, calibration_tokens, digest, load_tokenizer
 from .column_orders import ColumnOrders
 from .decoder import Activations, Decoder
+from .key_means import KeyMeans, key_shapes, seeing_keys
 from .layer_record import LayerRecord
 from .layer_solver import LayerSolver
 from .streaming import SourceModel, Unit, take_loaded
@@ -79,8 +81,14 @@ class CalibratedSource(SourceModel):
 
     def _recipe(self, config: HadaCoreConfig, plain: PreTrainedModel) -> HadaCoreConfig:
         """The config, completed by what follows from the model: whose columns have an order of their own."""
-        config = copy.deepcopy(config)
+        config = super()._recipe(config, plain)
         self._decoder = Decoder(plain)
+        layers = f"{self._decoder.name}."
+        self._key_shapes = {name: s for name, s in key_shapes(plain).items() if name.startswith(layers)}
+        modules = [name for name, _ in plain.named_modules()]
+        for shape in sorted(set(self._key_shapes.values())):
+            alike = [name for name, other in self._key_shapes.items() if other == shape]
+            config.key_means |= {pattern: list(shape) for pattern in name_patterns(alike, modules)}
         plan = plan_layers(plain, config)
         experts = {name: expert_projections(plain.get_submodule(name)) for name in plan.experts}
         quantized = [*plan.linears, *(f"{name}.{part}" for name in experts for part in experts[name])]
@@ -106,9 +114,11 @@ class CalibratedSource(SourceModel):
                 unit.name, layer, activations, self.layer_plan, self._orders, self._plain.dtype
             )
             solver.solve()
-            if unit is not self.units[-1]:
+            means = KeyMeans(unit.name, layer, self._key_shapes)
+            with seeing_keys(self._plain, means.see):
                 activations.advance(layer, unit.name)
-        return self._on_disk({**self._take_layer(unit), **solver.tensors}), solver.records
+            tensors = {**solver.tensors, **means.tensors(self._plain.dtype)}
+        return self._on_disk({**self._take_layer(unit), **tensors}), solver.records
 
     def _catch_up(self, unit: Unit) -> Activations:
         """The hidden states before a layer, made with the int4 weights on disk of those before it."""
@@ -162,7 +172,8 @@ class CalibratedSource(SourceModel):
                 is_transposed = value.shape != values[full].shape
                 values[full].copy_(value.transpose(-1, -2) if is_transposed else value)
         for name, value in written.items():
-            values[name].copy_(value)
+            if not is_key_mean(name):
+                values[name].copy_(value)
 
     def _read_written(self, layer: str) -> dict[str, torch.Tensor]:
         """What was written of a layer, by the quantized model's names.

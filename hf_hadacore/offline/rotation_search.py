@@ -6,7 +6,6 @@ forward pass. And a plan counts only if it leaves the logits of the tiny model, 
 they were.
 """
 
-import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedError
@@ -23,15 +22,11 @@ from ..hadamard_matrices import has_hadamard_matrix
 from ..modules.experts import expert_projections
 from ..modules.stream_rotation import StreamRotation, rotate_stream
 from ..parallel.permutation_search import permutation_groups
-from ..probing import Random
+from .tiny_model import WIDTHS, probe_logits, tiny_config, tiny_model
 from .weight_rotation import ROTATIONS, AxisRotation, ParameterChange, WeightRotation
 
 logger = logging.get_logger(__name__)
 
-# Two widths of the tiny model, the first of which it is run with.
-_WIDTHS = (24, 40)
-_NARROW = 16
-_PROBE_TOKENS = 6
 # Of the largest logit. Norms and softmax compute in fp32 whatever their input; a wrong plan changes more.
 _TOLERANCE = 1e-3
 
@@ -104,8 +99,8 @@ def plan_rotation(model: PreTrainedModel, kind: str, *, keep_tied: bool = False)
     if model.config.get_text_config(decoder=True) is not model.config or model.config.is_encoder_decoder:
         raise UnsupportedError(f'{model_name}: only decoders of text are rotated; use rotation="none"')
     try:
-        tiny = _tiny_model(model)
-        logits = _logits(tiny)
+        tiny = tiny_model(model)
+        logits = probe_logits(tiny)
     except Exception as error:  # as many ways to fail as there are architectures
         raise UnsupportedError(
             f"{model_name}: cannot be rotated, because a tiny one that is to be tried fails: {error}; use "
@@ -143,40 +138,6 @@ def _merged(one: dict[str, ParameterChange], other: dict[str, ParameterChange]) 
     return merged
 
 
-def _tiny_config(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
-    """The same architecture, heads and layers; residual stream, MLPs and ranks of projections are narrow."""
-    tiny: Any = copy.deepcopy(config)
-    if getattr(tiny, "head_dim", None) is None:
-        tiny.head_dim = tiny.hidden_size // tiny.num_attention_heads
-    tiny.hidden_size = width
-    for name, value in vars(config).items():
-        if name.endswith(("intermediate_size", "lora_rank")) and value:
-            is_list = isinstance(value, list | tuple)
-            setattr(tiny, name, [_NARROW] * len(value) if is_list else _NARROW)
-    tiny.tie_word_embeddings = False
-    return tiny
-
-
-def _tiny_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class in float64, its Parameters random."""
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        tiny = type(model)._from_config(
-            _tiny_config(model.config, _WIDTHS[0]),
-            dtype=torch.float64,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
-    random = Random(torch.float64)
-    with torch.no_grad():
-        for parameter in tiny.parameters():
-            values = random(*parameter.shape)
-            parameter.copy_(1 + 0.3 * values if values.dim() == 1 else values / values.shape[-1] ** 0.5)
-    if tiny.state_dict().keys() != model.state_dict().keys():
-        raise UnsupportedError("its tensors then have other names")
-    tiny.requires_grad_(False)
-    return tiny.eval()
-
-
 def _head_changes(tiny: PreTrainedModel) -> dict[str, ParameterChange]:
     """R2 of all attention layers that allow it."""
     changes: dict[str, ParameterChange] = {}
@@ -199,12 +160,12 @@ def _head_changes(tiny: PreTrainedModel) -> dict[str, ParameterChange]:
 def _residual_axes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """The axes of each Parameter whose lengths follow the width of the residual stream."""
     shapes = []
-    for width in _WIDTHS:
+    for width in WIDTHS:
         with torch.device("meta"):
-            tiny = type(model)._from_config(_tiny_config(model.config, width))
+            tiny = type(model)._from_config(tiny_config(model.config, width))
         shapes.append({name: parameter.shape for name, parameter in tiny.named_parameters()})
     return {
-        name: tuple(axis for axis, sizes in enumerate(zip(*both, strict=True)) if sizes == _WIDTHS)
+        name: tuple(axis for axis, sizes in enumerate(zip(*both, strict=True)) if sizes == WIDTHS)
         for name, *both in ((name, shape, shapes[1][name]) for name, shape in shapes[0].items())
     }
 
@@ -292,16 +253,10 @@ def _readings(tiny: PreTrainedModel, norms: set[str], readers: set[str]) -> dict
             elif name in readers:
                 hook = module.register_forward_pre_hook(partial(see_input, name), with_kwargs=True)
                 stack.callback(hook.remove)
-        _logits(tiny)
+        probe_logits(tiny)
     if unseen:
         raise UnsupportedError(f"{min(unseen)} does not run when logits are computed")
     return readings
-
-
-def _logits(tiny: PreTrainedModel) -> torch.Tensor:
-    ids = torch.arange(1, 1 + _PROBE_TOKENS, device="cpu")[None]
-    with torch.no_grad():
-        return tiny(input_ids=ids, use_cache=False).logits
 
 
 def _verify(plan: WeightRotation, tiny: PreTrainedModel, logits: torch.Tensor, model_name: str) -> None:
@@ -309,7 +264,7 @@ def _verify(plan: WeightRotation, tiny: PreTrainedModel, logits: torch.Tensor, m
     _apply(plan, tiny)
     if plan.stream is not None:
         rotate_stream(tiny, plan.stream)
-    difference = (_logits(tiny) - logits).abs().max() / logits.abs().max()
+    difference = (probe_logits(tiny) - logits).abs().max() / logits.abs().max()
     if not difference < _TOLERANCE:
         raise UnsupportedError(
             f"{model_name}: rotated ({plan.kind}) it would compute something else: a tiny model's logits "

@@ -182,7 +182,9 @@ class SourceModel:
 
     def _recipe(self, config: HadaCoreConfig, plain: PreTrainedModel) -> HadaCoreConfig:
         """The config of the quantized model; of its own, because a quantizer changes it."""
-        return copy.deepcopy(config)
+        config = copy.deepcopy(config)
+        config.key_means = {}
+        return config
 
     @contextmanager
     def _open(self, unit: Unit) -> Iterator[dict[str, Any]]:
@@ -305,7 +307,7 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
         # What needs calibration is refused while loading, and can be had here.
         loadable = copy.deepcopy(config)
         loadable.method, loadable.act_order, loadable.input_permutations = "rtn", False, []
-        loadable.stream_rotation = None
+        loadable.stream_rotation, loadable.key_means = None, {}
         super().__init__(loadable, pre_quantized=False)
         self.quantization_config = config
         self.records: list[LayerRecord] = []
