@@ -1,13 +1,17 @@
 """What 8-bit attention costs in perplexity on real models: without rotation, with it, with the K constant.
 
-    python scripts/benchmark_attention_quality.py --text wikipedia_eval.txt \
-        --json scripts/results/attention_quality.json
+    python scripts/benchmark_attention_quality.py --data DATA --json scripts/results/attention_quality.json
 
-Weights and everything but attention are fp32. All kinds of attention read the same bf16 queries, keys and
-values; the baseline is PyTorch's on them. The models are dequantized GGUF files.
+DATA holds wikipedia_eval.txt and wikipedia_calibration.txt. Weights and everything but attention are fp32.
+All kinds of attention read the same bf16 queries, keys and values; the baseline is PyTorch's on them. The
+models are dequantized GGUF files.
+
+The K constant is the mean of the window's keys, as a prompt of 1024 tokens gives it; that of its first
+tokens, as a short prompt does, which all later tokens have to do with; or that of other texts' keys.
 """
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,16 +20,22 @@ import typer
 from quality_report import about_quality, as_json, merge_report
 from real_models import MODELS, export_checkpoint
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_hadacore.attention.functional import quantized_attention
 from hf_hadacore.attention.interface import interval_mask
 from hf_hadacore.evaluation.perplexity import Perplexity, encode, paired_difference, perplexity
+from hf_hadacore.kernels.key_mean import key_mean
 
 NAME = "attention-benchmark"
+TEXT, CALIBRATION = "wikipedia_eval.txt", "wikipedia_calibration.txt"
 CONTEXT = 1024
 WINDOWS = {"cuda": 100, "cpu": 20}
+
+
+# Calibration, for the mean of other texts' keys.
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 64, 512
 
 
 class Variant(NamedTuple):
@@ -33,25 +43,49 @@ class Variant(NamedTuple):
 
     Attributes:
         name: for people.
-        options: of `quantized_attention`; None for PyTorch's.
+        mode: of `quantized_attention`; None for PyTorch's.
+        rotate: as there.
+        constant: "own" is the mean of all keys, a number that of so many first ones, "calibrated" that of
+            another text; None for none.
+        beside: the name of the one that it is compared with, besides the baseline.
     """
 
     name: str
-    options: dict[str, Any] | None
+    mode: str | None
+    rotate: bool = True
+    constant: str | int | None = "own"
+    beside: str | None = None
 
 
 BASELINE = Variant("bf16", None)
+
+
+def with_constants(mode: str) -> list[Variant]:
+    """A mode with rotation, and every K constant."""
+    name = f"{mode}, rotation, K constant"
+    return [
+        Variant(name, mode, beside="fp8, no rotation"),
+        Variant(f"{name} of the first token", mode, constant=1, beside=name),
+        Variant(f"{name} of the first 16 tokens", mode, constant=16, beside=name),
+        Variant(f"{name} of other texts", mode, constant="calibrated", beside=name),
+    ]
+
+
 VARIANTS = [
-    Variant("fp8, no rotation", {"mode": "fp8", "rotate": False, "k_mean": False}),
-    Variant("fp8, rotation", {"mode": "fp8", "k_mean": False}),
-    Variant("fp8, rotation, K constant", {"mode": "fp8"}),
-    Variant("int8-fp8, rotation, K constant", {"mode": "int8-fp8"}),
+    Variant("fp8, no rotation", "fp8", rotate=False, constant=None),
+    Variant("fp8, rotation", "fp8", constant=None, beside="fp8, no rotation"),
+    Variant("fp8, no rotation, K constant", "fp8", rotate=False, beside="fp8, no rotation"),
+    *with_constants("fp8"),
+    *with_constants("int8-fp8"),
 ]
-# What each is compared with, besides the baseline: the step before it.
-STEPS = dict(zip([v.name for v in VARIANTS[1:]], [v.name for v in VARIANTS], strict=False))
+
+# Reads bf16 queries, keys and values, and gives what attention's module wants.
+Attention = Callable[
+    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor
+]
 
 
-def use(variant: Variant) -> None:
+def use(attention: Attention) -> None:
     """Let models with the attention implementation `NAME` compute that."""
 
     def forward(
@@ -60,60 +94,123 @@ def use(variant: Variant) -> None:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
+        scaling: float,
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        if variant.options is None:
-            n = torch.arange(query.shape[2], device=query.device)
-            seen = n <= n[:, None]
-            if sliding_window is not None:
-                seen = seen & (n > n[:, None] - sliding_window)
-            # Products and sums in fp32, as on a GPU.
-            output = scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=seen, scale=scaling, enable_gqa=True
-            )
-        else:
-            output = quantized_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                scale=scaling,
-                window=sliding_window,
-                **variant.options,
-            )
+        read = (query.bfloat16(), key.bfloat16(), value.bfloat16())
+        output = attention(module, *read, scaling, sliding_window)
         return output.transpose(1, 2).bfloat16().float(), None
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, interval_mask)
 
 
-def measure(name: str, text: str, device: str, windows: int, work: Path) -> dict[str, Any]:
+def exact(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """PyTorch's, with products and sums in fp32, as on a GPU."""
+    n = torch.arange(query.shape[2], device=query.device)
+    seen = n <= n[:, None]
+    if window is not None:
+        seen = seen & (n > n[:, None] - window)
+    return scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=seen, scale=scaling, enable_gqa=True
+    )
+
+
+def quantized(variant: Variant, calibrated: Mapping[int, torch.Tensor]) -> Attention:
+    """8-bit attention.
+
+    Args:
+        variant: of `VARIANTS`.
+        calibrated: fp32 ``[Hkv, D]``, by layer.
+    """
+    assert variant.mode is not None
+    mode = variant.mode
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        k_mean: torch.Tensor | bool | None = None
+        if variant.constant is None:
+            k_mean = False
+        elif isinstance(variant.constant, int):
+            k_mean = key_mean(key[:, :, : variant.constant])
+        elif variant.constant == "calibrated":
+            k_mean = calibrated[int(module.layer_idx)]  # type: ignore[arg-type]
+        return quantized_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=scaling,
+            mode=mode,
+            rotate=variant.rotate,
+            k_mean=k_mean,
+            window=window,
+        )
+
+    return attention
+
+
+def mean_keys(model: PreTrainedModel, ids: torch.Tensor, bos: int | None) -> dict[int, torch.Tensor]:
+    """The mean of a text's keys, fp32 ``[Hkv, D]`` by layer."""
+    sums: dict[int, list[torch.Tensor]] = {}
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        sums.setdefault(int(module.layer_idx), []).append(key_mean(key)[0])  # type: ignore[arg-type]
+        return exact(module, query, key, value, scaling, window)
+
+    use(attention)
+    perplexity(model, ids, bos=bos, context=CALIBRATION_LENGTH, windows=CALIBRATION_WINDOWS)
+    return {layer: torch.stack(means).mean(0) for layer, means in sums.items()}
+
+
+def measure(name: str, data: Path, device: str, windows: int, work: Path) -> dict[str, Any]:
     """Every variant on one model."""
     folder = export_checkpoint(name, work / name)
-    use(BASELINE)
+    use(exact)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map={"": device}, attn_implementation=NAME
     )
-    ids, bos = encode(AutoTokenizer.from_pretrained(folder), text)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, bos = encode(tokenizer, (data / TEXT).read_text("utf-8"))
+    calibrated = mean_keys(model, *encode(tokenizer, (data / CALIBRATION).read_text("utf-8")))
 
-    def run(variant: Variant) -> Perplexity:
-        use(variant)
+    def run(attention: Attention) -> Perplexity:
+        use(attention)
         return perplexity(model, ids, bos=bos, context=CONTEXT, windows=windows, progress=True)
 
-    results = {BASELINE.name: run(BASELINE)}
+    results = {BASELINE.name: run(exact)}
     rows = []
     for variant in VARIANTS:
-        results[variant.name] = result = run(variant)
+        results[variant.name] = result = run(quantized(variant, calibrated))
         row: dict[str, Any] = {
             "attention": variant.name,
             "perplexity": round(result.perplexity, 4),
             "over_baseline": as_json(paired_difference(result, results[BASELINE.name])),
         }
-        if variant.name in STEPS:
-            row["gain_over_the_one_before"] = as_json(paired_difference(results[STEPS[variant.name]], result))
+        if variant.beside is not None:
+            gain = as_json(paired_difference(results[variant.beside], result))
+            row |= {"beside": variant.beside, "gain": gain}
         rows.append(row)
         print(f"{name}: {row}", flush=True)
     config = model.config
@@ -129,7 +226,7 @@ def measure(name: str, text: str, device: str, windows: int, work: Path) -> dict
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="Evaluation text, UTF-8.")],
+    data: Annotated[Path, typer.Option(help="Folder of the text files.")],
     model: Annotated[list[str] | None, typer.Option(help=f"Of {list(MODELS)}; repeatable.")] = None,
     windows: Annotated[
         int | None, typer.Option(help="Windows of 1024 tokens; default: 100 on a GPU, else 20.")
@@ -143,14 +240,13 @@ def main(
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-    content = text.read_text(encoding="utf-8")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     windows = windows or WINDOWS[torch.device(device).type]
-    command = f"python scripts/benchmark_attention_quality.py --text {text.name} --windows {windows}"
-    report = about_quality(command, device, text.name, CONTEXT)
+    command = f"python scripts/benchmark_attention_quality.py --data DATA --windows {windows}"
+    report = about_quality(command, device, TEXT, CONTEXT)
     for name in model or list(MODELS):
         start = time.perf_counter()
-        measured = measure(name, content, device, windows, work)
+        measured = measure(name, data, device, windows, work)
         report["models"][name] = measured | {"seconds": round(time.perf_counter() - start)}
         if json_file is not None:
             merge_report(report, json_file)

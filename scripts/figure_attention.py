@@ -1,5 +1,6 @@
 """The tables about attention, each a block of the function's name."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from figures import block, read_results, source, table
@@ -160,26 +161,37 @@ def attention_long_context() -> str:
 
 @block
 def attention_quality() -> str:
-    """Perplexity with 8-bit attention, each recipe beside the one before; weights are not quantized."""
+    """Perplexity with 8-bit attention of models whose weights are not quantized."""
     result = read_results("attention_quality")
-    parts = []
-    for model in result["models"].values():
-        rows = [["bf16", f"{model['baseline_perplexity']:.2f}", "", ""]]
-        for variant in model["variants"]:
-            over, gain = variant["over_baseline"], variant.get("gain_over_the_one_before")
-            rows.append(
-                [
-                    variant["attention"],
-                    f"{variant['perplexity']:.2f}",
-                    _with_error(over),
-                    "" if gain is None else _with_error(gain),
-                ]
-            )
-        title = f"{model['title']} ({model['origin']}; {model['tokens']:,} tokens)"
-        header = [title, "perplexity", "nats per token over bf16", "gain over the line above"]
-        parts.append(table(header, rows))
-    note = "Mean ± standard error of paired windows."
-    return "\n\n".join([*parts, f"{note} {source(result)}"])
+    rows, titles = _by_model(result["models"].values(), lambda variant: _with_error(variant["over_baseline"]))
+    perplexity = [f"perplexity {model['baseline_perplexity']:.2f}" for model in result["models"].values()]
+    tokens = {model["tokens"] for model in result["models"].values()}
+    note = f"Mean ± standard error of paired windows, {' / '.join(f'{n:,}' for n in tokens)} tokens."
+    header = ["nats per token over bf16", *titles]
+    return f"{table(header, [['bf16', *perplexity], *rows])}\n\n{note} {source(result)}"
+
+
+@block
+def attention_quality_gains() -> str:
+    """What one kind of 8-bit attention loses less than another."""
+    result = read_results("attention_quality")
+    rows, titles = _by_model(
+        result["models"].values(),
+        lambda variant: _with_error(variant["gain"]) if "gain" in variant else None,
+        lambda variant: f"{variant['attention']}, over {variant.get('beside')}",
+    )
+    return table(["gain in nats per token", *titles], rows)
+
+
+def _by_model(
+    models: Iterable[dict[str, Any]],
+    cell: Callable[[dict[str, Any]], str | None],
+    name: Callable[[dict[str, Any]], str] = lambda variant: variant["attention"],
+) -> tuple[list[list[str | None]], list[str]]:
+    """A row for every variant that has cells, and the models' titles."""
+    columns = [{name(v): cell(v) for v in model["variants"]} for model in models]
+    rows = [[key, *(column[key] for column in columns)] for key, first in columns[0].items() if first]
+    return rows, [model["title"] for model in models]
 
 
 def _with_error(difference: dict[str, float]) -> str:
