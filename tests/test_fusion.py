@@ -28,8 +28,10 @@ from transformers import (
 
 from hf_hadacore import HadaCoreConfig, HadaCoreLinear
 from hf_hadacore.attention.decode_cache import DecodeCache, decode_layers
+from hf_hadacore.fusion import forwards
 from hf_hadacore.fusion.forwards import FusedAttention, FusedDecoderLayer, FusedMlp, FusedNorm
 from hf_hadacore.fusion.fuse import fuse, unfuse
+from hf_hadacore.fusion.swap import is_bare
 
 pytestmark = pytest.mark.transformers_versions
 
@@ -312,6 +314,67 @@ def test_offloaded_by_accelerate(is_fused_first):
     assert torch.equal(logits_of(model, static_cache), expected)
     unfuse(model)
     assert torch.equal(logits_of(model, static_cache), expected)
+
+
+@pytest.mark.parametrize("is_fused_first", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_hooks_that_only_place_inputs_leave_models_fused(name, is_fused_first, monkeypatch):
+    """Those of device_map="auto" on several GPUs."""
+    from accelerate.hooks import attach_execution_device_hook
+
+    calls: Counter[str] = Counter()
+
+    def counted(part: str) -> None:
+        own = getattr(forwards, part)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[part] += 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(forwards, part, call)
+
+    for part in ("rope", "gated_activation", "add_rms_norm", "forward_together"):
+        counted(part)
+    model = int4_model(name)
+    fuse(model)
+    expected, alone = logits_of(model, dynamic_cache), dict(calls)
+    calls.clear()
+    model = int4_model(name)
+    if is_fused_first:
+        fuse(model)
+    attach_execution_device_hook(model, torch.device("cpu"))
+    if not is_fused_first:
+        fuse(model)
+    assert torch.equal(logits_of(model, dynamic_cache), expected)
+    assert calls == alone and len(calls) == 4
+    calls.clear()
+    # As if parts of every module stood elsewhere.
+    for module in model.modules():
+        if isinstance(module, HadaCoreLinear | FusedNorm):
+            module._hf_hook.execution_device = "meta"
+            module.forward = module._old_forward
+    unfused = logits_of(model, dynamic_cache)
+    assert not calls
+    unfuse(model)
+    assert torch.equal(logits_of(model, dynamic_cache), unfused)
+
+
+def test_hooks_that_do_more_than_place_inputs_are_seen():
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
+    here = torch.device("cpu")
+    module = nn.Linear(2, 2)
+    assert is_bare(module) and is_bare(module, here)
+    for hook, does_nothing in [
+        (AlignDevicesHook("cpu"), True),
+        (AlignDevicesHook("meta"), False),
+        (AlignDevicesHook("cpu", offload=True), False),
+        (AlignDevicesHook("cpu", io_same_device=True), False),
+        (SequentialHook(AlignDevicesHook("cpu")), False),
+    ]:
+        module._hf_hook = hook
+        assert is_bare(module, here) == does_nothing
+        assert not is_bare(module)
 
 
 def test_hooks_that_write_to_the_residual_are_seen():

@@ -16,10 +16,18 @@ from .probes import AttentionFormula, LayerFormula, MlpFormula, NormFormula
 from .swap import Fused, is_bare
 
 
-def int4_layers(module: nn.Module, names: tuple[str, ...]) -> list[HadaCoreLinear] | None:
-    """The layers of these names, if their products may be computed together: adapters take their place."""
+def int4_layers(
+    module: nn.Module, names: tuple[str, ...], device: torch.device | None = None
+) -> list[HadaCoreLinear] | None:
+    """The layers of these names, if their products may be computed together: adapters take their place.
+
+    Args:
+        module: their parent.
+        names: its children.
+        device: of their input; None if it is not known.
+    """
     layers = [getattr(module, name) for name in names]
-    are_plain = all(type(layer) is HadaCoreLinear and is_bare(layer) for layer in layers)
+    are_plain = all(type(layer) is HadaCoreLinear and is_bare(layer, device) for layer in layers)
     return layers if are_plain and all(layer.joins_shards for layer in layers) else None
 
 
@@ -58,7 +66,8 @@ class FusedNorm(Fused):
 
     def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and the sum."""
-        if not (is_bare(self) and x.dtype == residual.dtype == self.weight.dtype):
+        are_alike = x.dtype == residual.dtype == self.weight.dtype and x.device == residual.device
+        if not (are_alike and is_bare(self, x.device)):
             total = residual + x
             return self(total), total
         eps, weight_offset, round_before_weight = self.formula
@@ -79,8 +88,10 @@ class FusedMlp(Fused):
     down_proj: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layers = int4_layers(self, self.formula.projections)
-        if kwargs or len(args) != 1 or layers is None or self._keeps_own_forward():
+        if kwargs or len(args) != 1 or self._keeps_own_forward():
+            return super().forward(*args, **kwargs)
+        layers = int4_layers(self, self.formula.projections, args[0].device)
+        if layers is None:
             return super().forward(*args, **kwargs)
         outputs = forward_together(layers, args[0])
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
@@ -145,8 +156,10 @@ class FusedAttention(Fused):
     o_proj: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        layers = int4_layers(self, ("q_proj", "k_proj", "v_proj"))
-        if args or layers is None or self._keeps_own_forward() or not self._can_rotate(**kwargs):
+        if args or self._keeps_own_forward() or not self._can_rotate(**kwargs):
+            return super().forward(*args, **kwargs)
+        layers = int4_layers(self, ("q_proj", "k_proj", "v_proj"), kwargs["hidden_states"].device)
+        if layers is None:
             return super().forward(*args, **kwargs)
         return self._attend(layers, **kwargs)
 
@@ -158,7 +171,8 @@ class FusedAttention(Fused):
         cos = position_embeddings[0]
         dtypes = [cos.dtype]
         if self.formula.norm is not None:
-            if not (is_bare(self.q_norm) and is_bare(self.k_norm)):
+            device = hidden_states.device
+            if not (is_bare(self.q_norm, device) and is_bare(self.k_norm, device)):
                 return False
             dtypes += [self.q_norm.weight.dtype, self.k_norm.weight.dtype]
         return cos.shape[-1] == self.head_dim and all(dtype == hidden_states.dtype for dtype in dtypes)

@@ -70,9 +70,27 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether nothing but the module's class decides what a call does: no hooks, accelerate's included."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
+def is_bare(module: nn.Module, device: torch.device | None = None) -> bool:
+    """Whether nothing but the module's class decides what a call does.
+
+    Hooks would, but for one of accelerate's that only moves inputs to where they are already.
+
+    Args:
+        module: any.
+        device: of the inputs; None if it is not known.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    hook = module.__dict__.get("_hf_hook")
+    return hook is None or (device is not None and _only_moves_to(hook, device))
+
+
+def _only_moves_to(hook: Any, device: torch.device) -> bool:
+    return (
+        type(hook) is sys.modules["accelerate.hooks"].AlignDevicesHook
+        and not (hook.offload or hook.io_same_device)
+        and torch.device(hook.execution_device) == device
+    )
 
 
 def restore(module: nn.Module) -> None:
