@@ -258,7 +258,6 @@ def measure_auto(folder: Path, batches: list[int], new_tokens: int) -> dict[str,
 
     Its steps take tens of times as long as a graph's, and a quarter as many say as much.
     """
-    new_tokens = max(2, new_tokens // 4)
     transformers.logging.disable_progress_bar()
     model = load(folder, "bf16", "auto")
     with torch.no_grad():
@@ -267,8 +266,10 @@ def measure_auto(folder: Path, batches: list[int], new_tokens: int) -> dict[str,
     for attention, implementation in ATTENTION.items():
         model.set_attn_implementation(implementation)
         for batch in batches:
-            row = measure_generate(model, batch, new_tokens, graphs=False, profile=False)
-            results[f"{attention} batch {batch}"] = row | {"peak_memory_gib": most_memory_gib(peak=True)}
+            row = measure_generate(model, batch, max(2, new_tokens // 4), graphs=False, profile=False)
+            row["peak_memory_gib"] = most_memory_gib(peak=True)
+            results[f"{attention} batch {batch}"] = row
+            print(f"auto {attention} batch {batch}: {row}", flush=True)
     return results
 
 

@@ -45,14 +45,14 @@ def read_evaluations() -> dict[str, list[dict[str, Any]]]:
 
 @block
 def real_models() -> str:
-    gpu, cpu = read_results("speed_gpu"), read_results("speed_cpu")
+    cpu = read_results("speed_cpu")
     header = ["attention", "size", "perplexity", "nats over bf16", "KL", "same likeliest token"]
     header += ["multiple choice", "tok/s, GPU", "tok/s, CPU"]
     parts: list[str] = []
     runs: dict[str, None] = {}
     for name, evaluations in read_evaluations().items():
-        rows = [_baseline_row(evaluations[0], gpu["speeds"], cpu["speeds"])]
-        rows += [_row(evaluation, gpu["speeds"], cpu["speeds"]) for evaluation in evaluations]
+        rows = [_baseline_row(evaluations[0], cpu["speeds"])]
+        rows += [_row(evaluation, cpu["speeds"]) for evaluation in evaluations]
         parts.append(table([MODELS[name].title, *header], rows))
         for one in evaluations:
             text = one["perplexity"]
@@ -63,20 +63,18 @@ def real_models() -> str:
         "greedy `generate`, one sequence, as it runs without further options; on the CPU of "
         "checkpoints of the same recipe."
     )
-    return "\n\n".join(
-        [*parts, note, *runs, f"Gemma's tok/s, GPU: {source(gpu)}", f"tok/s, CPU: {source(cpu)}"]
-    )
+    return "\n\n".join([*parts, note, *runs, f"tok/s, CPU: {source(cpu)}"])
 
 
-def _baseline_row(evaluation: dict[str, Any], gpu: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
+def _baseline_row(evaluation: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
     model, text = evaluation["baseline"], evaluation["perplexity"]["baseline"]
     tasks = [task["metrics"]["acc"]["baseline"]["value"] for task in evaluation["tasks"].values()]
     accuracy = f"{100 * sum(tasks) / len(tasks):.1f} %"
     quality = [f"{text['value']:.2f}", "", "", "", accuracy]
-    return [*_names(model), _size(model), *quality, *_rates(evaluation, "baseline", gpu, cpu)]
+    return [*_names(model), _size(model), *quality, *_rates(evaluation, "baseline", cpu)]
 
 
-def _row(evaluation: dict[str, Any], gpu: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
+def _row(evaluation: dict[str, Any], cpu: dict[str, Any]) -> list[object]:
     model, text = evaluation["model"], evaluation["perplexity"]
     return [
         *_names(model),
@@ -86,7 +84,7 @@ def _row(evaluation: dict[str, Any], gpu: dict[str, Any], cpu: dict[str, Any]) -
         f"{text['kl']['value']:.3f}",
         f"{100 * text['top1_agreement']['value']:.1f} %",
         _with_error(_mean_change(evaluation), "+.1f", 100),
-        *_rates(evaluation, "model", gpu, cpu),
+        *_rates(evaluation, "model", cpu),
     ]
 
 
@@ -124,12 +122,9 @@ def _size(model: dict[str, Any]) -> str:
     return f"{model['bytes'] / 1e6:.0f} MB"
 
 
-def _rates(evaluation: dict[str, Any], which: str, gpu: dict[str, Any], cpu: dict[str, Any]) -> list[str]:
-    """Tokens/s on the GPU, with the evaluation or apart from it, and on the CPU."""
-    found = (
-        evaluation.get("speed") or _find_speed(gpu, evaluation, which),
-        _find_speed(cpu, evaluation, which),
-    )
+def _rates(evaluation: dict[str, Any], which: str, cpu: dict[str, Any]) -> list[str]:
+    """Tokens/s where it was evaluated, and on the CPU."""
+    found = evaluation.get("speed"), _find_speed(cpu, evaluation, which)
     return [f"{speed[which]['batches'][0]['tokens_per_second']:.0f}" if speed else "" for speed in found]
 
 

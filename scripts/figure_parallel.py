@@ -120,10 +120,13 @@ def _pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, A
 @block
 def multi_gpu_speed() -> str:
     """Decoding of whole models on one GPU and on several."""
-    results = _speed_results()
+    names = ("multi_gpu_70b", "multi_gpu_70b_auto", "multi_gpu_8b")
+    return "\n\n".join(_speed_table(read_results(name)) for name in names)
+
+
+def _speed_table(result: dict[str, Any]) -> str:
     rows = [
         [
-            result["shape"],
             place.removeprefix("tp "),
             case.removesuffix(" batch 1"),
             f"{row['peak_memory_gib']:.1f} GiB",
@@ -133,14 +136,12 @@ def multi_gpu_speed() -> str:
             f"{row['replay_ms']:.2f} ms" if "replay_ms" in row else "",
             f"{row['collectives_share']:.1%}" if "replay_ms" in row else "",
         ]
-        for result in results
         for place, run in result["speed"]["results"].items()
         for case, row in run.items()
         if isinstance(row, dict)
     ]
     header = [
-        "int4 model, batch 1",
-        "GPUs",
+        f"{result['shape']}, int4, batch 1: GPUs",
         "attention",
         "memory per GPU",
         "tokens/s",
@@ -148,13 +149,13 @@ def multi_gpu_speed() -> str:
         "CUDA graph of a step",
         "share of all-reduces",
     ]
-    return "\n\n".join([table(header, rows), *map(source, results)])
+    return f"{table(header, rows)}\n\n{source(result)}"
 
 
 @block
 def multi_gpu_summary() -> str:
     """How decoding grows with the GPUs, in tokens/s."""
-    results = _speed_results()
+    results = [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
     rows = [
         [
             f"{result['shape']}, {place.removeprefix('tp ')} GPU{'s' * (place != 'tp 1')}",
@@ -175,10 +176,6 @@ def multi_gpu_summary() -> str:
         "memory per GPU",
     ]
     return "\n\n".join([table(header, rows), *map(source, results)])
-
-
-def _speed_results() -> list[dict[str, Any]]:
-    return [read_results(name) for name in ("multi_gpu_70b", "multi_gpu_8b")]
 
 
 @block

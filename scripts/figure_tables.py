@@ -56,25 +56,23 @@ def quality_gemma() -> str:
 @block
 def quality_peers() -> str:
     """Other quantizers with the same calibration tokens."""
-    results = [read_results(name) for name in ("quality_peers", "quality_peers_gpu")]
+    result = read_results("quality_peers")
     parts = []
-    for result in results:
-        for model in result["models"].values():
-            rows = [
-                [
-                    f"{row['quantizer']} {row['version']}: {row['method']}",
-                    f"{row['perplexity']:.2f}",
-                    _with_error(row["over_baseline"]),
-                    _with_error(row["over_ours"]) if row.get("over_ours") else "",
-                    f"{row['kl']['value']:.3f}",
-                ]
-                for row in model["recipes"]
-                if not row.get("failed")
+    for model in result["models"].values():
+        rows = [
+            [
+                f"{row['quantizer']} {row['version']}: {row['method']}",
+                f"{row['perplexity']:.2f}",
+                _with_error(row["over_baseline"]),
+                _with_error(row["over_ours"]) if row.get("over_ours") else "",
+                f"{row['kl']['value']:.3f}",
             ]
-            header = [f"{model['title']}, group 64, asymmetric", "perplexity", "nats per token over bf16"]
-            parts.append(table([*header, "over ours, first line", "KL"], rows))
-        parts.append(f"Mean ± standard error of paired windows. {source(result)}")
-    return "\n\n".join(parts)
+            for row in model["recipes"]
+            if not row.get("failed")
+        ]
+        header = [f"{model['title']}, group 64, asymmetric", "perplexity", "nats per token over bf16"]
+        parts.append(table([*header, "over ours, first line", "KL"], rows))
+    return "\n\n".join([*parts, f"Mean ± standard error of paired windows. {source(result)}"])
 
 
 def _quality(name: str) -> str:

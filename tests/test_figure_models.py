@@ -20,9 +20,8 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     speed = {part: {"batches": [{"tokens_per_second": value}]} for part, value in CPU_SPEED.items()}
     about = {"command": "python y.py", "date": "2026-01-02", "device": "a CPU", "versions": {"torch": "2"}}
     figures.RESULTS.mkdir()
-    for name in ("cpu", "gpu"):
-        report = about | {"speeds": {"smollm2-135m/evaluation-fp8.json": speed}}
-        (figures.RESULTS / f"speed_{name}.json").write_text(json.dumps(report))
+    report = about | {"speeds": {"smollm2-135m/evaluation-fp8.json": speed}}
+    (figures.RESULTS / "speed_cpu.json").write_text(json.dumps(report))
     return tmp_path / "model_cards"
 
 
@@ -81,7 +80,6 @@ def test_real_models(cards: Path) -> None:
     assert second.startswith("| Qwen2.5-Coder-0.5B-Instruct | attention |") and second.count("\n") == 3
     assert notes[1:] == [
         "1,023 tokens of prose.txt; a GPU; torch 2; 2026-01-02: `python x.py`",
-        "Gemma's tok/s, GPU: a CPU; torch 2; 2026-01-02: `python y.py`",
         "tok/s, CPU: a CPU; torch 2; 2026-01-02: `python y.py`",
     ]
 
