@@ -10,7 +10,8 @@ import torch
 from tiny_models import make_model, token_ids
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
-from varied_models import LENGTH, left_padded, plain, varied_model
+from transformers.masking_utils import create_masks_for_generate
+from varied_models import LENGTH, WINDOW, left_padded, plain, varied_model
 
 from hf_hadacore import HadaCoreConfig
 from hf_hadacore.attention import decode_cache
@@ -44,7 +45,25 @@ def test_greedy_tokens_are_those_of_plain_generate(recorder, name, padded):
     assert (recorder.captures, recorder.replays) == (graphs, 29 - graphs + 29)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-oss"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_of_windows_are_made_in_the_graph_until_they_are_full(recorder, monkeypatch, padded):
+    model = varied_model("gemma3+sliding")
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(kwargs["past_key_values"].layers[0].length)
+        return create_masks_for_generate(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "create_masks_for_generate", staticmethod(counted), raising=False)
+    enable_cuda_graphs(model)
+    inputs = left_padded() if padded else {"inputs": token_ids(2, LENGTH)}
+    model.generate(**inputs, do_sample=False, max_new_tokens=30)
+    # The prompt's, and those of steps that push out a token.
+    assert made == [0, *range(WINDOW, LENGTH + 29)]
+    assert recorder.captures == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-oss", "gemma3", "gemma3+sliding"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_steps_inputs_are_those_that_transformers_would_make(recorder, monkeypatch, name, padded):
     steps = []

@@ -93,9 +93,9 @@ class DecodeLayer(CacheLayerMixin):
         return self.capacity
 
     @property
-    def masks_in_graph(self) -> bool:
-        """Whether a graph can make the mask: that of a window depends on a number that only Python knows."""
-        return not self.is_sliding
+    def masks_in_graph_until(self) -> int:
+        """The length up to which a graph can make masks: a full window begins where only Python knows."""
+        return self.window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for a first batch of tokens, in the buffers of an earlier `generate` call if they fit."""
@@ -236,8 +236,6 @@ class DecodeCache(DynamicCache):
         limit: tokens that the call can add up to.
         keep: whether `finish` has to leave behind a cache that does not depend on the buffers.
 
-    Attributes:
-        masks_in_graph: whether a graph can make every layer's mask.
     """
 
     layers: list[Any]
@@ -251,13 +249,18 @@ class DecodeCache(DynamicCache):
         self.progress.limit = limit
         self.keep = keep
         self.in_use = True
-        self.masks_in_graph = all(layer.masks_in_graph for layer in layers)
+        self._masks_in_graph_until = min(layer.masks_in_graph_until for layer in layers)
         for layer in layers:
             layer.reset()
 
     @property
     def is_decoding(self) -> bool:
         return self.in_use and self.progress.decoding
+
+    @property
+    def masks_in_graph(self) -> bool:
+        """Whether a graph can make every layer's mask for the next token."""
+        return self.layers[0].length < self._masks_in_graph_until
 
     def start_decoding(self) -> None:
         """From here on one token is added per step."""

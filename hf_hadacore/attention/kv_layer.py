@@ -7,6 +7,7 @@ that of the first prefill, of the tokens that are no padding. A cache knows neit
 `update` hands new tokens on to attention, which has the layer store them: see `new_tokens`.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -121,8 +122,8 @@ class HadaCoreLayer(DecodeLayer):
         return min(self.capacity, self.first + self.size)
 
     @property
-    def masks_in_graph(self) -> bool:
-        return True
+    def masks_in_graph_until(self) -> int:
+        return sys.maxsize
 
     @property
     def is_full(self) -> bool:
