@@ -8,9 +8,10 @@ import inspect
 import pytest
 import torch
 from tiny_models import make_model, token_ids
-from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin
+from transformers import AttentionInterface, AutoModelForCausalLM, CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_masks_for_generate
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 from varied_models import LENGTH, WINDOW, left_padded, plain, varied_model
 
 from hf_hadacore import HadaCoreConfig
@@ -45,9 +46,22 @@ def test_greedy_tokens_are_those_of_plain_generate(recorder, name, padded):
     assert (recorder.captures, recorder.replays) == (graphs, 29 - graphs + 29)
 
 
+@pytest.fixture
+def renamed_sdpa():
+    """The name of an attention function that transformers' own masks are for."""
+    name = "renamed_sdpa"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    yield name
+    del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+
+
+@pytest.mark.parametrize("is_sdpa", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-def test_masks_of_windows_are_made_in_the_graph_until_they_are_full(recorder, monkeypatch, padded):
+def test_masks_are_made_in_the_graph(recorder, monkeypatch, renamed_sdpa, is_sdpa, padded):
     model = varied_model("gemma3+sliding")
+    if not is_sdpa:
+        model.set_attn_implementation(renamed_sdpa)
     made = []
 
     def counted(*args, **kwargs):
@@ -58,8 +72,8 @@ def test_masks_of_windows_are_made_in_the_graph_until_they_are_full(recorder, mo
     enable_cuda_graphs(model)
     inputs = left_padded() if padded else {"inputs": token_ids(2, LENGTH)}
     model.generate(**inputs, do_sample=False, max_new_tokens=30)
-    # The prompt's, and those of steps that push out a token.
-    assert made == [0, *range(WINDOW, LENGTH + 29)]
+    # The prompt's, and for other attention those of steps that push out a token.
+    assert made == ([0] if is_sdpa else [0, *range(WINDOW, LENGTH + 29)])
     assert recorder.captures == 2
 
 

@@ -90,19 +90,33 @@ def decode_attention_forward(
     return output.reshape(batch, 1, heads, -1), None
 
 
-def decode_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
+def decode_mask(
+    *,
+    kv_length: int,
+    kv_offset: Any = 0,
+    attention_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> torch.Tensor | None:
     """transformers' mask for "sdpa", additive.
 
     Args:
-        args, kwargs: as for transformers' `sdpa_mask`.
+        kv_length, attention_mask, kwargs: as for transformers' `sdpa_mask`.
+        kv_offset: as there, or an int64 tensor ``[]``.
         dtype: of the mask; that of the queries.
 
     Returns:
         ``[B, 1, S, L]``, 0 or -inf; None if attention needs no mask.
     """
-    mask = sdpa_mask(*args, **kwargs)
+    is_on_device = isinstance(kv_offset, torch.Tensor)
+    # transformers would compare a tensor with the length of the padding mask, which waits for the device.
+    padding = None if is_on_device else attention_mask
+    mask = sdpa_mask(kv_length=kv_length, kv_offset=kv_offset, attention_mask=padding, **kwargs)
     if mask is None:
         return None
+    if is_on_device and attention_mask is not None:
+        columns = torch.arange(kv_length, device=attention_mask.device) + kv_offset
+        mask = mask & attention_mask[:, None, None, columns]
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 

@@ -39,6 +39,7 @@ class Progress:
     Attributes:
         decoding: whether one token is added per step, at `position`.
         limit: tokens that the current `generate` call can add up to.
+        device_offsets: whether masks are made by functions that read offsets on the device, as `decode_mask`.
         position: int64 ``[1]``, tokens seen so far; made by `start_decoding`, advanced on the device.
         counters: what else counts steps on the device.
         allocations: how often a layer's buffers were (re)allocated; graphs captured before are void.
@@ -47,6 +48,7 @@ class Progress:
     def __init__(self) -> None:
         self.decoding = False
         self.limit = 0
+        self.device_offsets = False
         self.position: Any = None
         self.counters: list[torch.Tensor] = []
         self.allocations = 0
@@ -94,8 +96,8 @@ class DecodeLayer(CacheLayerMixin):
 
     @property
     def masks_in_graph_until(self) -> int:
-        """The length up to which a graph can make masks: a full window begins where only Python knows."""
-        return self.window
+        """The length up to which a graph can make masks: a full window may begin where only Python knows."""
+        return _NO_WINDOW if self.progress.device_offsets else self.window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for a first batch of tokens, in the buffers of an earlier `generate` call if they fit."""
@@ -202,9 +204,14 @@ class DecodeLayer(CacheLayerMixin):
         """Whether a new token pushes out the oldest; each case needs a graph of its own."""
         return self.length >= self.size
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that attention sees with `query_length` new tokens, and the first's position."""
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Number of keys that attention sees with `query_length` new tokens, and the first's position.
+
+        In decoding the position may be an int64 tensor ``[]``, see `Progress.device_offsets`.
+        """
         if self.progress.decoding:
+            if self.is_full and self.progress.device_offsets:
+                return self.size, self.progress.position[0] - (self.size - 1)
             return self.size, max(self.length - self.size + 1, 0)
         seen = min(self.length, self.window - 1)
         return seen + query_length, self.length - seen

@@ -174,6 +174,7 @@ class DecodeGraphs:
             layers = (quantized_layers if is_quantized else decode_layers)(model.config)
             assert layers is not None, "checked by model_obstacle"
             self._session = session = Session(list(layers), fingerprint)
+        session.layers[0].progress.device_offsets = model.config._attn_implementation == "sdpa"
         kind = QuantizedDecodeCache if is_quantized else DecodeCache
         cache = kind(session.layers, limit=limit, keep=keep)
         cache.session = session  # type: ignore[attr-defined]
@@ -216,8 +217,8 @@ class DecodeGraphs:
         """Hook: 4-D masks for a forward pass.
 
         In decoding they are left to the model, and so become part of the graph, except where a graph cannot
-        make them: a sliding window's depend on a number that only Python knows, those of eager attention are
-        filled from the host.
+        make them: those of eager attention are filled from the host, and for other attention than "sdpa" a
+        full window's depend on a number that only Python knows.
         """
         cache = kwargs.get("past_key_values")
         if isinstance(cache, DecodeCache) and cache.is_decoding:
