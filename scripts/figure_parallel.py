@@ -6,7 +6,7 @@ from figures import block, read_results, source, table
 
 _MODES = ("graph_us", "eager_us")
 _KIB = 1024
-_PLACES = {"ranks": "tensor parallelism", "auto": 'device_map="auto"'}
+_PLACES = {"ranks": "tensor parallelism", "spread": "layers spread by device_map"}
 
 
 def _times(row: dict[str, Any], variant: str) -> str:
@@ -113,7 +113,7 @@ def multi_gpu() -> str:
 
 def _pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """bf16's row and int4's of each attention and place."""
-    by_key = {(row["attention"], row["place"], row["form"]): row for row in rows}
+    by_key = {(row["attention"], row["place"], row["form"]): row for row in rows if row["place"] in _PLACES}
     return [(by_key[*key, "bf16"], by_key[*key, "int4"]) for key in dict.fromkeys(key[:2] for key in by_key)]
 
 

@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_generate import fill_randomly
-from check_multi_gpu import (
-    SHAPES,
-    compare,
-    logits_file,
-    tiny,
-    with_speedups,
-    write_hollow_checkpoint,
-    wrong_rows,
-)
+from check_multi_gpu import compare, logits_file, wrong_rows
+from multi_gpu_models import SHAPES, tiny
+from multi_gpu_speed import with_speedups, write_hollow_checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
