@@ -76,7 +76,7 @@ class HadaCoreConfig(QuantizationConfigMixin):
         stream_rotation: `{"embedding": name, "norm": name, "gain_offset": number}`, the modules between which
             the residual stream is rotated at run time (see `modules.stream_rotation`); written for you.
         key_means: `{regex: [key/value heads, head size]}` of the attention modules for which the checkpoint
-            holds the mean of their keys (see `modules.key_means`); written for you.
+            holds the mean of their keys (see `attention.key_means`); written for you.
         cuda_graphs: let `generate` decode with CUDA graphs where it can (on CUDA, greedy or sampling; see
             `hf_hadacore.decoding.generation`). `generate(disable_compile=True)` turns them off for one call.
         format_version: version of the int4 format of a checkpoint; written for you.

@@ -79,17 +79,33 @@ VARIANTS = [
     *with_constants("int8-fp8"),
 ]
 
-# Reads bf16 queries, keys and values, and gives what attention's module wants.
-Attention = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor
-]
+
+class Inputs(NamedTuple):
+    """What an attention layer reads.
+
+    Attributes:
+        layer: its index.
+        query, key, value: bf16 ``[B, Hq or Hkv, L, D]``.
+        scale: of the logits.
+        window: keys that a query sees; None for all before it.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    window: int | None
+
+
+Attention = Callable[[Inputs], torch.Tensor]
 
 
 def use(attention: Attention) -> None:
     """Let models with the attention implementation `NAME` compute that."""
 
     def forward(
-        module: torch.nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -99,28 +115,22 @@ def use(attention: Attention) -> None:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         read = (query.bfloat16(), key.bfloat16(), value.bfloat16())
-        output = attention(module, *read, scaling, sliding_window)
+        output = attention(Inputs(module.layer_idx, *read, scaling, sliding_window))
         return output.transpose(1, 2).bfloat16().float(), None
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, interval_mask)
 
 
-def exact(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None,
-) -> torch.Tensor:
+def exact(inputs: Inputs) -> torch.Tensor:
     """PyTorch's, with products and sums in fp32, as on a GPU."""
+    query, key, value = (x.float() for x in (inputs.query, inputs.key, inputs.value))
     n = torch.arange(query.shape[2], device=query.device)
     seen = n <= n[:, None]
-    if window is not None:
-        seen = seen & (n > n[:, None] - window)
+    if inputs.window is not None:
+        seen = seen & (n > n[:, None] - inputs.window)
     return scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask=seen, scale=scaling, enable_gqa=True
+        query, key, value, attn_mask=seen, scale=inputs.scale, enable_gqa=True
     )
 
 
@@ -134,31 +144,24 @@ def quantized(variant: Variant, calibrated: Mapping[int, torch.Tensor]) -> Atten
     assert variant.mode is not None
     mode = variant.mode
 
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attention(inputs: Inputs) -> torch.Tensor:
         k_mean: torch.Tensor | bool | None = None
         if variant.constant is None:
             k_mean = False
         elif isinstance(variant.constant, int):
-            k_mean = key_mean(key[:, :, : variant.constant])
+            k_mean = key_mean(inputs.key[:, :, : variant.constant])
         elif variant.constant == "calibrated":
-            k_mean = calibrated[int(module.layer_idx)]  # type: ignore[arg-type]
+            k_mean = calibrated[inputs.layer]
         return quantized_attention(
-            query,
-            key,
-            value,
+            inputs.query,
+            inputs.key,
+            inputs.value,
             is_causal=True,
-            scale=scaling,
+            scale=inputs.scale,
             mode=mode,
             rotate=variant.rotate,
             k_mean=k_mean,
-            window=window,
+            window=inputs.window,
         )
 
     return attention
@@ -166,22 +169,15 @@ def quantized(variant: Variant, calibrated: Mapping[int, torch.Tensor]) -> Atten
 
 def mean_keys(model: PreTrainedModel, ids: torch.Tensor, bos: int | None) -> dict[int, torch.Tensor]:
     """The mean of a text's keys, fp32 ``[Hkv, D]`` by layer."""
-    sums: dict[int, list[torch.Tensor]] = {}
+    means: dict[int, list[torch.Tensor]] = {}
 
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        sums.setdefault(int(module.layer_idx), []).append(key_mean(key)[0])  # type: ignore[arg-type]
-        return exact(module, query, key, value, scaling, window)
+    def attention(inputs: Inputs) -> torch.Tensor:
+        means.setdefault(inputs.layer, []).append(key_mean(inputs.key)[0])
+        return exact(inputs)
 
     use(attention)
     perplexity(model, ids, bos=bos, context=CALIBRATION_LENGTH, windows=CALIBRATION_WINDOWS)
-    return {layer: torch.stack(means).mean(0) for layer, means in sums.items()}
+    return {layer: torch.stack(found).mean(0) for layer, found in means.items()}
 
 
 def measure(name: str, data: Path, device: str, windows: int, work: Path) -> dict[str, Any]:
