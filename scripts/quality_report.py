@@ -1,16 +1,13 @@
 """What the scripts that measure the quality of real models write down."""
 
 import json
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from gpu_report import about_this_run
 from real_models import MODELS
 
-import hf_hadacore
 from hf_hadacore.evaluation.perplexity import Comparison, Perplexity, paired_difference
 from hf_hadacore.evaluation.report import as_json as estimate_as_json
 from hf_hadacore.evaluation.report import device_name
@@ -26,15 +23,8 @@ def about_quality(command: str, device: str, text: str, context: int) -> dict[st
         context: tokens of a window.
     """
     return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
+        **about_this_run(command, "transformers"),
         "device": device_name(torch.device(device)),
-        "versions": {
-            "hf_hadacore": hf_hadacore.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
         "text": text,
         "context": context,
         "models": {},
