@@ -69,6 +69,7 @@ def test_follows_the_report(checkpoint: Path) -> None:
         "method": "gptq",
         "group_size": 32,
         "modules_to_not_convert": ["o_proj"],
+        "key_means": {r"self_attn$": [2, 16]},
     }
     report |= {"quantized_bytes": 5_000_000_000, "source_bytes": 20_000_000_000, "size_ratio": 0.25}
     report["calibration"] = {"source": "prose.txt", "samples": 7, "sequence_length": 99, "damping": 0.01}
@@ -79,6 +80,7 @@ def test_follows_the_report(checkpoint: Path) -> None:
         "| method | gptq |",
         "| group_size | 32 |",
         "| rotation folded into the weights | r1 |",
+        "| mean of the keys, for 8-bit attention | measured on the calibration data |",
         "| modules_to_not_convert | ['o_proj'] |",
         "5.00 GB instead of 20.00 GB",
         "(25.0 % is left)",
@@ -87,7 +89,7 @@ def test_follows_the_report(checkpoint: Path) -> None:
         "The source names no license",
     ):
         assert expected in card
-    assert "In full precision" not in card
+    assert "In full precision" not in card and "self_attn" not in card
 
 
 def test_metadata(checkpoint: Path, evaluation: Path) -> None:

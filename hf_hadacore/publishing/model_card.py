@@ -189,6 +189,7 @@ def _content(report: Mapping[str, Any], repo_id: str, base_model: str | None) ->
         "recipe": {name: recipe[name] for name in _OPTIONS} | _without_defaults(recipe),
         "calibration": report.get("calibration"),
         "rotation": report.get("rotation"),
+        "has_key_means": bool(recipe.get("key_means")),
         "dtype": report["dtype"],
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "version": report["versions"]["hf_hadacore"],
@@ -205,7 +206,8 @@ def _content(report: Mapping[str, Any], repo_id: str, base_model: str | None) ->
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = HadaCoreConfig().to_dict()
+    # Names of modules tell readers nothing.
+    defaults = {**HadaCoreConfig().to_dict(), "key_means": recipe.get("key_means")}
     return {name: value for name, value in recipe.items() if value != defaults.get(name)}
 
 
