@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .architecture import read_config_file
+from .attention.key_means import is_key_mean
 from .int4 import NIBBLES_PER_WORD
 from .integrity import TensorInfo, checkpoint_files, verify_files
 from .offline.staging import REPORT_NAME
@@ -43,7 +44,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     bytes_by_kind = dict.fromkeys(_KINDS, 0)
     for name, info in headers.items():
         bytes_by_kind[kinds[name]] += info.nbytes
-    elements = {name: _elements(info, kinds[name]) for name, info in headers.items()}
+    # Means of keys, like scales and zeros, stand for nothing that the original has.
+    elements = {
+        name: 0 if is_key_mean(name) else _elements(info, kinds[name]) for name, info in headers.items()
+    }
     parameters = sum(elements.values())
     quantized = sum(count for name, count in elements.items() if kinds[name] == "int4 weights")
     total = sum(bytes_by_kind.values())
@@ -83,7 +87,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"size            {format_size(summary['bytes'])} in {len(summary['files'])} file(s), "
         f"{summary['bits_per_parameter']} bits per parameter",
     ]
-    lines += [f"  {kind:<14}{format_size(size)}" for kind, size in summary["bytes_by_kind"].items() if size]
+    lines += [f"  {kind:<16}{format_size(size)}" for kind, size in summary["bytes_by_kind"].items() if size]
     if summary["bits_per_weight"] is not None:
         lines.append(
             f"int4 weights    {summary['bits_per_weight']} bits per weight, scales and zeros included"
@@ -132,9 +136,8 @@ def _full_precision(
     groups: dict[str, dict[str, Any]] = {}
     for name, elements in kept.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        group = groups.setdefault(
-            pattern, {"name": pattern, "count": 0, "share": 0.0, "reason": reasons.get(name)}
-        )
+        reason = "mean of the keys, for 8-bit attention" if is_key_mean(name) else reasons.get(name)
+        group = groups.setdefault(pattern, {"name": pattern, "count": 0, "share": 0.0, "reason": reason})
         group["count"] += 1
         group["share"] += elements / parameters if parameters else 0.0
     return sorted(groups.values(), key=lambda group: -group["share"])

@@ -17,6 +17,7 @@ from hf_hadacore.attention.decode_cache import Progress
 from hf_hadacore.attention.key_means import key_mean_parameters, remove_key_means
 from hf_hadacore.attention.kv_layer import Cursor, HadaCoreLayer
 from hf_hadacore.errors import CheckpointError, ConfigError, FormatError
+from hf_hadacore.inspection import inspect_checkpoint
 from hf_hadacore.interchange.exporting import export_checkpoint
 from hf_hadacore.offline import key_means
 from hf_hadacore.offline.key_means import key_shapes
@@ -172,6 +173,15 @@ def test_saving_and_dequantizing(checkpoint: Path, tmp_path: Path) -> None:
     assert not key_mean_parameters(plain)
     plain.save_pretrained(tmp_path / "plain")
     assert not NAMES & stored(tmp_path / "plain").keys()
+
+
+def test_what_is_in_a_checkpoint_says_what_they_are_for(checkpoint: Path) -> None:
+    summary = inspect_checkpoint(checkpoint)
+    assert summary["parameters"] == inspect_checkpoint(checkpoint.parent / "src")["parameters"]
+    kept = summary["full_precision"]
+    (entry,) = [group for group in kept if group["name"].endswith("k_mean")]
+    assert entry["name"] == "model.layers.*.self_attn.k_mean" and entry["count"] == 2
+    assert entry["reason"] == "mean of the keys, for 8-bit attention"
 
 
 def test_other_formats_have_no_place_for_them(checkpoint: Path, tmp_path: Path) -> None:
