@@ -11,6 +11,7 @@ from . import int4
 from .config import HadaCoreConfig, LayerSpec
 from .errors import ConfigError
 from .modules.experts import expert_projections, projection_shape
+from .name_patterns import name_prefix
 
 # A router beside fused experts decides which experts run: tiny, and sensitive.
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
@@ -84,8 +85,7 @@ def plan_layers(model: PreTrainedModel, config: HadaCoreConfig, *, strict: bool 
     head = _output_head(model)
     tied_modules = {name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())}
     skips = _skips(model, config, head, tied_modules)
-    # Options name modules as the whole model does, also when only its base model is loaded.
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix and model.base_model is model else ""
+    prefix = name_prefix(model)
 
     for name, module in model.named_modules():
         projections = expert_projections(module)

@@ -1,7 +1,9 @@
-"""Few regexes for many module names, as `HadaCoreConfig.overrides` and `input_permutations` want them."""
+"""Names of modules as `HadaCoreConfig` has them, and few regexes for many."""
 
 import re
 from collections.abc import Collection, Iterable
+
+from transformers import PreTrainedModel
 
 
 def name_patterns(names: Iterable[str], among: Collection[str]) -> list[str]:
@@ -22,3 +24,16 @@ def name_patterns(names: Iterable[str], among: Collection[str]) -> list[str]:
         alike = {other for other in among if re.search(any_layer, other)}
         patterns.add(any_layer if alike <= wanted else exact)
     return sorted(patterns)
+
+
+def name_prefix(model: PreTrainedModel) -> str:
+    """What comes before the names of a model's modules in options, which name those of the whole model.
+
+    Args:
+        model: any.
+
+    Returns:
+        "" for a whole model; for its base model alone (`AutoModel`) what the whole one calls it: "model.".
+    """
+    is_base = bool(model.base_model_prefix) and model.base_model is model
+    return f"{model.base_model_prefix}." if is_base else ""

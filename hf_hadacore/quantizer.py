@@ -19,6 +19,7 @@ from .layer_plan import LayerPlan, plan_layers
 from .modules.experts import HadaCoreExperts, dequantize_experts, swap_experts
 from .modules.linear import HadaCoreLinear
 from .modules.stream_rotation import StreamRotation, fold_stream_rotation, rotate_stream
+from .name_patterns import name_prefix
 from .parallel.tensor_parallel import complete_plan, keep_local, tensor_parallel_size
 from .solvers.rtn import quantize_weight
 
@@ -114,7 +115,7 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             )
         self._check_options_for_ranks(model)
         swap_modules(model, plan)
-        add_key_means(model, config.key_mean_shape)
+        add_key_means(model, lambda name: config.key_mean_shape(name_prefix(model) + name))
         complete_plan(model, on_the_fly=not self.pre_quantized)
         self._check_files(model, checkpoint_files)
         for name, parameter in _own_parameters(model):

@@ -9,7 +9,7 @@ import torch
 from checkpoint_cases import rewrite, stored
 from test_cli import run
 from tiny_models import VOCAB_SIZE, make_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from varied_models import plain
 
 from hf_hadacore import HadaCoreConfig
@@ -136,6 +136,24 @@ def test_where_a_stream_is_rotated_must_be_in_the_model(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"model.norm"', '"model.last_norm"'))
     with pytest.raises(ConfigError, match=r"no embedding or norm 'model\.last_norm'"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+
+
+def test_the_base_model_alone(tmp_path: Path) -> None:
+    """Options name modules as the whole model does, tensors of a base model are saved without its prefix."""
+    src = save(make_model("llama-tied"), tmp_path / "src")
+    quantize(src, tmp_path / "int4", "gptq", rotation="r1r2")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", attn_implementation="hadacore")
+    with torch.no_grad():
+        expected = whole.model(TOKENS[:2]).last_hidden_state
+    for folder in ("int4", "base"):
+        base = AutoModel.from_pretrained(tmp_path / folder, attn_implementation="hadacore")
+        means = [base.layers[i].self_attn.k_mean for i in range(2)]
+        assert all(torch.equal(m, whole.model.layers[i].self_attn.k_mean) for i, m in enumerate(means))
+        with torch.no_grad():
+            assert torch.equal(base(TOKENS[:2]).last_hidden_state, expected)
+        base.save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedError, match="LlamaModel has no output head"):
+        AutoModel.from_pretrained(tmp_path / "int4", quantization_config=HadaCoreConfig(dequantize=True))
 
 
 def test_only_checkpoints_have_a_rotated_stream(tmp_path: Path) -> None:

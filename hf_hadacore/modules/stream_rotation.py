@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..kernels.hadamard import hadamard_transform
+from ..name_patterns import name_prefix
 
 _SEED = 0
 
@@ -71,9 +72,17 @@ def fold_stream_rotation(model: PreTrainedModel, rotation: StreamRotation) -> No
     Args:
         model: loaded, in full precision.
         rotation: what it was rotated with.
+
+    Raises:
+        UnsupportedError: the model has no head to put them into.
     """
     embedding, norm = _find(model, rotation.embedding), _find(model, rotation.norm)
     head: Any = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no output head to fold the rotation of its hidden states into; "
+            "dequantize the whole model, e.g. AutoModelForCausalLM"
+        )
     for hooks in (embedding._forward_hooks, norm._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if is_rotation(hook)]:
             del hooks[key]
@@ -93,7 +102,7 @@ def _turned(rows: torch.Tensor) -> torch.Tensor:
 
 def _find(model: PreTrainedModel, name: str) -> Any:
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(name.removeprefix(name_prefix(model)))
     except AttributeError:
         module = None
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
