@@ -115,7 +115,8 @@ class HadaCoreHfQuantizer(compat.Quantizer):
             )
         self._check_options_for_ranks(model)
         swap_modules(model, plan)
-        add_key_means(model, lambda name: config.key_mean_shape(name_prefix(model) + name))
+        prefix = name_prefix(model)
+        add_key_means(model, lambda name: config.key_mean_shape(prefix + name))
         complete_plan(model, on_the_fly=not self.pre_quantized)
         self._check_files(model, checkpoint_files)
         for name, parameter in _own_parameters(model):

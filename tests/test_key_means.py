@@ -13,8 +13,9 @@ from tiny_models import TINY_CONFIGS, make_model, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hadacore import HadaCoreConfig
+from hf_hadacore.attention import interface
 from hf_hadacore.attention.decode_cache import Progress
-from hf_hadacore.attention.key_means import key_mean_parameters, remove_key_means
+from hf_hadacore.attention.key_means import key_mean_parameters, remove_key_means, stored_key_mean
 from hf_hadacore.attention.kv_layer import Cursor, HadaCoreLayer
 from hf_hadacore.errors import CheckpointError, ConfigError, FormatError
 from hf_hadacore.inspection import inspect_checkpoint
@@ -122,6 +123,19 @@ def test_they_are_what_caches_subtract(checkpoint: Path, attention: str) -> None
         # Heads of 16 are filled up to 64.
         assert torch.equal(layer.constant[..., :16], mean.float().expand(2, 2, 16))
         assert not layer.constant[..., 16:].any()
+
+
+def test_they_are_read_with_the_first_tokens_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(checkpoint, "hadacore")
+    read = []
+
+    def counted(module: torch.nn.Module, shape: torch.Size) -> torch.Tensor | None:
+        read.append(shape[2])
+        return stored_key_mean(module, shape)
+
+    monkeypatch.setattr(interface, "stored_key_mean", counted)
+    model.generate(token_ids(2, 9), max_new_tokens=5, do_sample=False)
+    assert read == [9, 9]
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

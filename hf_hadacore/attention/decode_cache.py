@@ -242,7 +242,6 @@ class DecodeCache(DynamicCache):
         layers: as made by `decode_layers`; emptied.
         limit: tokens that the call can add up to.
         keep: whether `finish` has to leave behind a cache that does not depend on the buffers.
-
     """
 
     layers: list[Any]

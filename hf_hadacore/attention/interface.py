@@ -279,9 +279,11 @@ def _stored(
     mode: str,
 ) -> QuantizedKeyValue:
     """What attention reads of the arguments of `attention_forward`."""
-    constant = stored_key_mean(module, key.shape)
-    is_first = not isinstance(key, NewTokens) or key.are_first
-    is_token = _is_token(attention_mask, key.shape[2]) if is_first and constant is None else None
+    constant = is_token = None
+    # Later tokens have the constant of the first; every kernel here would be one more in each decoding step.
+    if not isinstance(key, NewTokens) or key.are_first:
+        constant = stored_key_mean(module, key.shape)
+        is_token = _is_token(attention_mask, key.shape[2]) if constant is None else None
     if isinstance(key, NewTokens):
         return key.store(query, is_token, constant)
     if is_causal and key.shape[2] > query.shape[2]:
