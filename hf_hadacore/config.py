@@ -1,5 +1,6 @@
 """HadaCoreConfig: every option a user can set, validated before anything is loaded."""
 
+import copy
 import difflib
 import re
 from re import _constants as _sre  # type: ignore[attr-defined]
@@ -25,6 +26,8 @@ _BOOL_OPTIONS = (
     "cuda_graphs",
 )
 _OVERRIDE_OPTIONS = ("group_size", "symmetric", "skip")
+# What follows from the model of a checkpoint; it is written there, and nobody asks for it.
+DERIVED_OPTIONS = ("input_permutations", "stream_rotation", "key_means")
 _STREAM_ROTATION = {"embedding": str, "norm": str, "gain_offset": float}
 _MAX_PATTERN_LENGTH = 256
 
@@ -262,6 +265,13 @@ class HadaCoreConfig(QuantizationConfigMixin):
             if self.matches(pattern, module_name):
                 return heads, head_dim
         return None
+
+    def without_derived(self) -> "HadaCoreConfig":
+        """A copy without the `DERIVED_OPTIONS`: what was asked for."""
+        config, defaults = copy.deepcopy(self), HadaCoreConfig()
+        for option in DERIVED_OPTIONS:
+            setattr(config, option, getattr(defaults, option))
+        return config
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a user may change when loading a quantized checkpoint.

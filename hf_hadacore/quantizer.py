@@ -10,7 +10,7 @@ from transformers.utils import logging
 from . import compat, int4, integrity
 from .attention.key_means import add_key_means, key_mean_parameters, remove_key_means
 from .attention.operands import ATTENTION_NAMES
-from .config import HadaCoreConfig
+from .config import DERIVED_OPTIONS, HadaCoreConfig
 from .decoding.compile_ahead import compile_ahead
 from .decoding.generation import disable_cuda_graphs, enable_cuda_graphs
 from .errors import CheckpointError, ConfigError, QuantizationError, UnsupportedError
@@ -366,7 +366,7 @@ def _refuse_offline_options(config: HadaCoreConfig) -> None:
             f"method={config.method!r} needs calibration data: quantize offline (hadacore quantize --method "
             f'{config.method} SRC DST) and load DST, or use method="rtn"'
         )
-    for option in ("input_permutations", "stream_rotation", "key_means"):
+    for option in DERIVED_OPTIONS:
         if getattr(config, option):
             raise ConfigError(f"{option} describes a quantized checkpoint; this one is in full precision")
 

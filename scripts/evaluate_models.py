@@ -146,9 +146,7 @@ def make_checkpoint(src: Path, dst: Path, config: HadaCoreConfig, options: Optio
     used = report.get("calibration") or {}
     asked = (options.samples, options.sequence_length) if calibration else (None, None)
     found = (used.get("samples"), used.get("sequence_length"))
-    recipe = HadaCoreConfig(**report["quantization_config"])
-    # What follows from the model.
-    recipe.input_permutations, recipe.stream_rotation, recipe.key_means = [], None, {}
+    recipe = HadaCoreConfig(**report["quantization_config"]).without_derived()
     if recipe.to_dict() != config.to_dict() or found != asked:
         raise SystemExit(f"{dst}: was made with another recipe; delete it")
 

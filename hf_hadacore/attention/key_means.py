@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import FormatError
 
-NAME = "k_mean"
+K_MEAN = "k_mean"
 
 
 def add_key_means(model: nn.Module, shape_of: Callable[[str], tuple[int, int] | None]) -> None:
@@ -27,14 +27,14 @@ def add_key_means(model: nn.Module, shape_of: Callable[[str], tuple[int, int] | 
     for name, module in model.named_modules():
         if (shape := shape_of(name)) is not None:
             module.register_parameter(
-                NAME, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+                K_MEAN, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
             )
 
 
 def remove_key_means(model: nn.Module) -> None:
     """Undo `add_key_means`."""
     for module in model.modules():
-        module._parameters.pop(NAME, None)
+        module._parameters.pop(K_MEAN, None)
 
 
 def key_mean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +44,7 @@ def key_mean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_key_mean(name: str) -> bool:
     """Whether a tensor of this name is the mean of an attention module's keys."""
-    return name.rpartition(".")[2] == NAME
+    return name.rpartition(".")[2] == K_MEAN
 
 
 def stored_key_mean(module: nn.Module, shape: torch.Size) -> torch.Tensor | None:
@@ -60,13 +60,13 @@ def stored_key_mean(module: nn.Module, shape: torch.Size) -> torch.Tensor | None
     Raises:
         FormatError: the keys have other heads.
     """
-    parameter = module._parameters.get(NAME)
+    parameter = module._parameters.get(K_MEAN)
     if parameter is None:
         return None
     mean = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
     if mean.shape != (shape[1], shape[3]):
         raise FormatError(
-            f"{NAME} of {type(module).__name__}: expected {[shape[1], shape[3]]} as keys have it, found "
+            f"{K_MEAN} of {type(module).__name__}: expected {[shape[1], shape[3]]} as keys have it, found "
             f"{list(mean.shape)}; correct key_means in the checkpoint's config"
         )
     return mean.float()[None]

@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..attention.key_means import NAME
+from ..attention.key_means import K_MEAN
 from ..attention.kv_cache import quantized_windows
 from ..kernels.key_mean import key_mean
 from ..probing import PROBE, registered
@@ -103,5 +103,5 @@ class KeyMeans:
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What is stored of them, ``[Hkv, D]`` by full name."""
         return {
-            f"{name}.{NAME}": (total / self._tokens[name]).to(dtype) for name, total in self._sums.items()
+            f"{name}.{K_MEAN}": (total / self._tokens[name]).to(dtype) for name, total in self._sums.items()
         }

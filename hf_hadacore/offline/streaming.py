@@ -305,9 +305,8 @@ class _RecordingQuantizer(HadaCoreHfQuantizer):
 
     def __init__(self, config: HadaCoreConfig, rotation: WeightRotation):
         # What needs calibration is refused while loading, and can be had here.
-        loadable = copy.deepcopy(config)
-        loadable.method, loadable.act_order, loadable.input_permutations = "rtn", False, []
-        loadable.stream_rotation, loadable.key_means = None, {}
+        loadable = config.without_derived()
+        loadable.method, loadable.act_order = "rtn", False
         super().__init__(loadable, pre_quantized=False)
         self.quantization_config = config
         self.records: list[LayerRecord] = []

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .. import compat, int4
-from ..attention.key_means import NAME
+from ..attention.key_means import K_MEAN
 from ..errors import ShardingError, UnsupportedError
 from ..modules.experts import HadaCoreExperts
 from ..modules.linear import HadaCoreLinear
@@ -54,10 +54,10 @@ def complete_plan(model: PreTrainedModel, *, on_the_fly: bool) -> None:
             rules = _rules_of_experts(name, module, ranks, plan, on_the_fly)
         elif "k_proj" in module._modules and _style(plan, f"{name}.k_proj") == "colwise":
             _check_heads(name, module, ranks)
-            if NAME in module._parameters:
-                rules = {NAME: "colwise"}
-        elif NAME in module._parameters:
-            rules = {NAME: compat.REPLICATE}
+            if K_MEAN in module._parameters:
+                rules = {K_MEAN: "colwise"}
+        elif K_MEAN in module._parameters:
+            rules = {K_MEAN: compat.REPLICATE}
         model._tp_plan.update({_generic(f"{name}.{leaf}"): style for leaf, style in rules.items()})  # type: ignore[union-attr]
 
 
